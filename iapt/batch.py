@@ -1,0 +1,282 @@
+"""Examples -> token ids -> batches: tokenise, truncate with a word about it, pad, group by length.
+
+A batch is an instruction and a response: instructions end in one column (left-padded), responses start in one
+(right-padded), so that nothing downstream ever searches for the boundary.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from iapt.errors import UserError
+from iapt.tasks import Example
+
+Ids = tuple[int, ...]
+# How far back a tokenizer may look when it cuts what follows an instruction. Examples that agree in so many
+# last characters share the result, which spares tokenising each instruction once more for every label word.
+REACH = 32
+WINDOW = 16  # batches that are sorted by length together: little padding left, still well shuffled
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """One example as token ids, without padding."""
+
+    index: int  # position in the split
+    instruction: Ids
+    response: Ids
+    choices: tuple[Ids, ...]  # one per label word, () for generation
+
+
+@dataclass
+class Batch:
+    """B examples. Masks are True at tokens, False at padding."""
+
+    instruction_ids: Tensor  # (B, N) int64, left-padded
+    instruction_mask: Tensor  # (B, N) bool
+    response_ids: Tensor  # (B, R) int64, right-padded
+    response_mask: Tensor  # (B, R) bool
+    choice_ids: Tensor | None  # (B, C, T) int64, right-padded
+    choice_mask: Tensor | None  # (B, C, T) bool
+    indices: Tensor  # (B,) int64, positions in the split
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The same batch on another device."""
+        moved: dict[str, Any] = {k: None if v is None else v.to(device) for k, v in vars(self).items()}
+        return Batch(**moved)
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+
+def encode_examples(
+    examples: Sequence[Example],
+    tokenizer: Any,
+    *,
+    choices: Sequence[str],
+    separator: str,
+    max_length: int,
+    max_response_length: int,
+    context: int | None,
+    add_eos: bool = True,
+    room: int = 0,
+    max_new_tokens: int = 0,
+) -> tuple[list[Encoded], list[str]]:
+    """Tokenise a split.
+
+    Response ids are what `instruction + separator + response` adds to the instruction's ids, so that training
+    sees the tokens that a tokenizer would produce for the whole text. Where it merges across the boundary,
+    `separator + response` is tokenised by itself. Choices follow the same rule, without eos unless one choice
+    is a prefix of another (then the shorter one must say that it ends).
+
+    Args:
+        tokenizer: a transformers tokenizer. Its own special tokens open the instruction; an eos it adds is
+            taken off.
+        choices: the label words, [] for generation.
+        max_length: instruction tokens kept. Longer instructions lose their beginning, never a leading bos.
+        max_response_length: response tokens kept, eos included. Longer ones lose their end.
+        context: positions of the backbone, None for no limit. What the longest response (or choice, or
+            `max_new_tokens`) of the whole split and `room` leave of it limits every instruction alike: a
+            limit by each example's own response would show the instruction something of the label.
+        add_eos: end responses with the tokenizer's eos.
+        room: positions to keep free for soft tokens.
+        max_new_tokens: tokens that generation may add.
+
+    Returns:
+        the encoded examples in order, and notes about what was cut.
+
+    Raises:
+        UserError: an instruction of fewer than 2 tokens, a response or label word of none, label words that
+            the tokenizer cannot tell apart, a context with no room.
+    """
+    eos = tokenizer.eos_token_id
+    texts = list(dict.fromkeys(example.instruction for example in examples))
+    instructions = dict(zip(texts, _tokenize(tokenizer, texts), strict=True))
+    tails = _tails(tokenizer, examples, instructions, choices, separator)
+    finished: dict[tuple[Ids, ...], tuple[Ids, ...]] = {}
+    encoded = []
+    for index, example in enumerate(examples):
+        instruction = instructions[example.instruction]
+        if len(instruction) < 2:
+            raise UserError(f"{_name(index, example)}: an instruction needs at least 2 tokens")
+        end = example.instruction[-REACH:]
+        for text in (*choices, example.response):
+            if not tails[end, text]:
+                raise UserError(f"{_name(index, example)}: response {text!r} is empty once tokenised")
+        words = tuple(tails[end, text] for text in choices)
+        if words not in finished:
+            finished[words] = _finish_choices(words, choices, eos, max_response_length)
+        response = tails[end, example.response] + ((eos,) if add_eos and eos is not None else ())
+        encoded.append(Encoded(index, instruction, response, finished[words]))
+    return _truncate(encoded, tokenizer, max_length, max_response_length, context, room, max_new_tokens)
+
+
+def _name(index: int, example: Example) -> str:
+    return f"example {index} ({example.instruction[:60]!r})"
+
+
+def _tokenize(tokenizer: Any, texts: list[str], special: bool = True) -> list[Ids]:
+    """Ids of each text, without an eos at the end."""
+    if not texts:
+        return []
+    out = tokenizer(
+        texts,
+        add_special_tokens=special,
+        return_attention_mask=False,
+        return_token_type_ids=False,
+        verbose=False,
+    )["input_ids"]
+    eos = tokenizer.eos_token_id
+    return [tuple(ids[:-1] if special and eos is not None and ids and ids[-1] == eos else ids) for ids in out]
+
+
+def _tails(
+    tokenizer: Any,
+    examples: Sequence[Example],
+    instructions: dict[str, Ids],
+    choices: Sequence[str],
+    separator: str,
+) -> dict[tuple[str, str], Ids]:
+    """(the instruction's last characters, what follows) -> the ids of what follows."""
+    first: dict[tuple[str, str], str] = {}
+    for example in examples:
+        for text in (*choices, example.response):
+            first.setdefault((example.instruction[-REACH:], text), example.instruction)
+    keys = list(first)
+    wholes = _tokenize(tokenizer, [first[key] + separator + key[1] for key in keys])
+    tails, merged = {}, []
+    for key, whole in zip(keys, wholes, strict=True):
+        instruction = instructions[first[key]]
+        tails[key] = whole[len(instruction) :]
+        if whole[: len(instruction)] != instruction:
+            merged.append(key)
+    alone = _tokenize(tokenizer, [separator + text for _, text in merged], special=False)
+    return tails | dict(zip(merged, alone, strict=True))
+
+
+def _finish_choices(words: tuple[Ids, ...], names: Sequence[str], eos: int | None, longest: int) -> tuple[Ids, ...]:
+    """Tell the choices apart: all of them end in eos when one is a prefix of another."""
+    pairs = [(i, j) for i in range(len(words)) for j in range(len(words)) if i != j]
+    for i, j in pairs:
+        if words[i] == words[j]:
+            raise UserError(f"task.label_words: '{names[i]}' and '{names[j]}' have the same tokens {words[i]}")
+    if any(words[j][: len(words[i])] == words[i] for i, j in pairs):
+        if eos is None:
+            raise UserError("task.label_words: one is the beginning of another, and the tokenizer has no eos")
+        words = tuple((*ids, eos) for ids in words)
+    for ids, name in zip(words, names, strict=True):
+        if len(ids) > longest:
+            raise UserError(f"trainer.max_response_length = {longest}: the label word '{name}' takes {len(ids)} tokens")
+    return words
+
+
+def _truncate(
+    encoded: list[Encoded],
+    tokenizer: Any,
+    max_length: int,
+    max_response_length: int,
+    context: int | None,
+    room: int,
+    max_new_tokens: int,
+) -> tuple[list[Encoded], list[str]]:
+    notes = []
+    cut = sum(len(e.response) > max_response_length for e in encoded)
+    if cut:
+        notes.append(f"{cut} of {len(encoded)} responses lost their end (max_response_length={max_response_length})")
+    limit, why = max_length, f"max_length={max_length}"
+    if context is not None:
+        responses = [min(len(e.response), max_response_length) for e in encoded]
+        longest = max([max_new_tokens, *responses, *(len(ids) for e in encoded for ids in e.choices)])
+        left = context - room - longest
+        if left < 2:
+            raise UserError(
+                f"a context of {context} tokens has no room for an instruction beside {room} soft tokens and "
+                f"responses of {longest}; lower trainer.max_response_length or task.max_new_tokens"
+            )
+        if left < limit:
+            limit, why = left, f"{left} of the context's {context} tokens are left for them"
+    kept = [
+        replace(
+            e,
+            instruction=_keep_end(e.instruction, limit, tokenizer.bos_token_id),
+            response=e.response[:max_response_length],
+        )
+        for e in encoded
+    ]
+    cut = sum(len(e.instruction) > limit for e in encoded)
+    if cut:
+        notes.append(f"{cut} of {len(encoded)} instructions lost their beginning ({why})")
+    return kept, notes
+
+
+def _keep_end(ids: Ids, limit: int, bos: int | None) -> Ids:
+    if len(ids) <= limit:
+        return ids
+    head = ids[:1] if ids[0] == bos else ()
+    return head + ids[len(ids) - (limit - len(head)) :]
+
+
+def collate(items: Sequence[Encoded], pad_id: int) -> Batch:
+    """Pad B >= 1 encoded examples to one batch; all have the same number of choices."""
+    instruction_ids, instruction_mask = _pad([e.instruction for e in items], pad_id, left=True)
+    response_ids, response_mask = _pad([e.response for e in items], pad_id)
+    choice_ids = choice_mask = None
+    if items[0].choices:
+        shape = (len(items), len(items[0].choices), -1)
+        ids, mask = _pad([choice for e in items for choice in e.choices], pad_id)
+        choice_ids, choice_mask = ids.view(shape), mask.view(shape)
+    indices = torch.tensor([e.index for e in items])
+    return Batch(instruction_ids, instruction_mask, response_ids, response_mask, choice_ids, choice_mask, indices)
+
+
+def _pad(rows: list[Ids], pad_id: int, left: bool = False) -> tuple[Tensor, Tensor]:
+    """(len(rows), longest) int64 ids and their bool mask."""
+    width = max(map(len, rows))
+    gaps = [width - len(row) for row in rows]
+    ids = [(pad_id,) * g + row if left else row + (pad_id,) * g for row, g in zip(rows, gaps, strict=True)]
+    column = torch.arange(width)
+    gap = torch.tensor(gaps)[:, None]
+    return torch.tensor(ids), column >= gap if left else column < width - gap
+
+
+def evaluation_batches(items: Sequence[Encoded], batch_size: int) -> list[list[int]]:
+    """Positions in batches of like length, longest first (what does not fit in memory fails at once)."""
+    order = sorted(range(len(items)), key=lambda i: (-_length(items[i]), i))
+    return _cut(order, batch_size)
+
+
+def training_batches(
+    items: Sequence[Encoded], batch_size: int, seed: int, epoch: int, group_by_length: bool
+) -> list[list[int]]:
+    """Positions of one epoch in global batches, the same on every process.
+
+    Each position occurs once; the last batch is short when `batch_size` does not divide their number. With
+    `group_by_length` batches hold examples of like length: shuffled examples are sorted within windows of
+    16 batches, then the full batches are shuffled.
+    """
+    rng = random.Random(f"{seed}-{epoch}")
+    order = list(range(len(items)))
+    rng.shuffle(order)
+    if not group_by_length:
+        return _cut(order, batch_size)
+    windows = _cut(order, batch_size * WINDOW)
+    windows = [sorted(window, key=lambda i: _length(items[i])) for window in windows]
+    batches = [batch for window in windows for batch in _cut(window, batch_size)]
+    short = [b for b in batches if len(b) < batch_size]
+    batches = [b for b in batches if len(b) == batch_size]
+    rng.shuffle(batches)
+    return batches + short
+
+
+def _length(item: Encoded) -> int:
+    return len(item.instruction) + len(item.response)
+
+
+def _cut(order: list[int], size: int) -> list[list[int]]:
+    return [order[i : i + size] for i in range(0, len(order), size)]

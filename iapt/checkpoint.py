@@ -1,0 +1,134 @@
+"""Files of a run that outlive it: the adapter, and the state an interrupted run continues from.
+
+adapter.safetensors   the method's tensors, float32
+adapter.json          schema version, method, backbone identity, template hash, and the run's whole configuration
+state/latest.pt       optimiser, schedule, random states, best adapter so far; gone once the run has finished
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from iapt.errors import UserError
+
+SCHEMA_VERSION = 1
+ADAPTER, META, STATE, SUMMARY = "adapter.safetensors", "adapter.json", "state/latest.pt", "summary.json"
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write JSON so that a reader, or a crash, never meets half a file."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.part")  # several ranks may write the same file
+    temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def read_summary(folder: Path) -> dict[str, Any]:
+    """The folder's `summary.json`, empty if there is none or it cannot be read."""
+    try:
+        summary = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return summary if isinstance(summary, dict) else {}
+
+
+def refuse_finished(folder: Path) -> None:
+    """Raises UserError if the folder holds a finished run."""
+    if read_summary(folder).get("status") == "ok":
+        raise UserError(f"hydra.run.dir = {folder}: already holds a finished run; nothing was changed, choose another")
+
+
+def save_adapter(folder: Path, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
+    """Write the adapter into `folder`.
+
+    Args:
+        folder: exists.
+        tensors: name -> float32 tensor.
+        meta: JSON-able; the schema version is added.
+    """
+    temporary = folder / (ADAPTER + ".part")
+    save_file(tensors, temporary, metadata={"format": "pt"})
+    os.replace(temporary, folder / ADAPTER)
+    write_json(folder / META, {"schema_version": SCHEMA_VERSION, **meta})
+
+
+def load_adapter(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read an adapter folder: its tensors and what `save_adapter` was given as meta.
+
+    Raises:
+        UserError: a missing folder or file, one that cannot be read, a newer schema.
+    """
+    for name in (META, ADAPTER):
+        if not (folder / name).is_file():
+            here = ", ".join(sorted(p.name for p in folder.iterdir())) if folder.is_dir() else "no such folder"
+            raise UserError(
+                f"checkpoint = {folder}: expected a run or adapter folder with {META} and {ADAPTER}; "
+                f"{name} is missing (found: {here or 'nothing'})"
+            )
+    try:
+        meta = json.loads((folder / META).read_text(encoding="utf-8"))
+        tensors = load_file(folder / ADAPTER)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise UserError(f"checkpoint = {folder}: cannot be read: {error}") from error
+    version = meta.get("schema_version") if isinstance(meta, dict) else None
+    if version != SCHEMA_VERSION:
+        raise UserError(f"checkpoint = {folder}: schema version {version}, this release reads {SCHEMA_VERSION}")
+    return tensors, meta
+
+
+def check_backbone(found: dict[str, Any], expected: dict[str, Any], folder: Path) -> None:
+    """Refuse a backbone that the adapter was not trained on.
+
+    Raises:
+        UserError: naming what differs. Names may differ, and a fingerprint that could not be taken is not held
+            against a backbone.
+    """
+    differs = [
+        f"{key} is {found.get(key)}, the adapter's was {value}"
+        for key, value in expected.items()
+        if key != "name" and value is not None and found.get(key) is not None and found[key] != value
+    ]
+    if differs:
+        raise UserError(
+            f"checkpoint = {folder}: trained on backbone '{expected.get('name')}', which this one "
+            f"('{found.get('name')}') is not: {'; '.join(differs)}"
+        )
+
+
+def save_state(folder: Path, state: dict[str, Any]) -> None:
+    """Replace the run's resumable state in one step."""
+    path = folder / STATE
+    path.parent.mkdir(exist_ok=True)
+    temporary = path.with_name(path.name + ".part")
+    torch.save(state, temporary)
+    os.replace(temporary, path)
+
+
+def load_state(folder: Path) -> dict[str, Any] | None:
+    """The state to continue from, on the CPU; None if the run never saved one.
+
+    Raises:
+        UserError: if the file cannot be read.
+    """
+    path = folder / STATE
+    if not path.is_file():
+        return None
+    try:
+        return dict(torch.load(path, map_location="cpu", weights_only=True))
+    except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
+        raise UserError(f"{path}: cannot be read, so this run cannot be resumed: {error}") from error
+
+
+def drop_state(folder: Path) -> None:
+    """Delete the resumable state of a run that has finished."""
+    (folder / STATE).unlink(missing_ok=True)
+    if (folder / STATE).parent.is_dir():
+        (folder / STATE).parent.rmdir()

@@ -1,0 +1,36 @@
+"""The two ways a run ends early: the user asked for something impossible, or training itself failed."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(Exception):
+    """Bad input. The command line prints the message without a traceback and exits with code 2."""
+
+    exit_code = 2
+
+
+class ConfigError(UserError):
+    """Every problem found in one configuration, so that one edit can repair them all."""
+
+    def __init__(self, problems: Iterable[str]) -> None:
+        self.problems = list(problems)
+        count = len(self.problems)
+        head = "1 problem" if count == 1 else f"{count} problems"
+        super().__init__(f"{head} in the configuration\n" + "\n".join(f"  {p}" for p in self.problems))
+
+
+class TrainingError(Exception):
+    """Training started and could not finish (for example a loss that is not a number). Exit code 1."""
+
+    exit_code = 1
+
+
+def suggest(word: str, known: Iterable[str]) -> str:
+    """What exists, and the nearest of it to `word`: the tail of every 'unknown X' message."""
+    known = sorted(known)
+    near = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    hint = f"did you mean '{near[0]}'? " if near else ""
+    return f"{hint}known: {', '.join(known) if known else 'none'}"

@@ -1,0 +1,164 @@
+"""Splits to predictions to metrics. Batches are cut the same way however many processes share them, so a score does
+not depend on their number."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+
+from iapt import metrics
+from iapt.batch import Batch, Encoded, collate, evaluation_batches
+from iapt.config import TaskConfig
+from iapt.model import AdaptedModel
+from iapt.tasks import Example
+
+
+@dataclass
+class Evaluation:
+    """One split's outcome.
+
+    Attributes:
+        values: metric name -> fraction of 1 (plus text entries such as sacrebleu's signature).
+        predictions: one JSON-able record an example, in the split's order.
+    """
+
+    values: dict[str, Any]
+    predictions: list[dict[str, Any]]
+
+
+def mean_loss(model: AdaptedModel, items: Sequence[Encoded], batch_size: int, accelerator: Accelerator) -> float:
+    """The mean negative log-likelihood of all response tokens, in nats."""
+
+    def total(batch: Batch) -> list[float]:
+        return [float(model.loss(batch, "sum"))]
+
+    sums = _over_batches(model, items, batch_size, accelerator, total)
+    return sum(s for (s,) in sums) / sum(len(item.response) for item in items)
+
+
+def evaluate(
+    model: AdaptedModel,
+    task: TaskConfig,
+    examples: Sequence[Example],
+    items: Sequence[Encoded],
+    batch_size: int,
+    accelerator: Accelerator,
+) -> Evaluation:
+    """Predict every example and score the predictions.
+
+    Classification tasks with `scoring: likelihood` predict the label whose token string is likeliest (divided by
+    its length if `normalize_scores`); with `scoring: generation`, the label word that the generated text begins
+    with, or none. Other tasks generate.
+
+    Raises:
+        UserError: a metric that does not exist or does not suit the task.
+    """
+    if task.label_column and task.scoring == "likelihood":
+        predictions = _classify(model, task, items, batch_size, accelerator)
+    else:
+        predictions = _generate(model, task, items, batch_size, accelerator)
+    if task.label_column:
+        found = [p.get("label", -1) for p in predictions]
+        values = metrics.compute(task.metrics, found, [e.label for e in examples])
+    else:
+        values = metrics.compute(task.metrics, [p["text"] for p in predictions], [list(e.references) for e in examples])
+    records = [
+        {
+            "index": index,
+            "instruction": example.instruction,
+            **prediction,
+            **({"reference": example.response} if task.label_column else {"references": list(example.references)}),
+        }
+        for index, (example, prediction) in enumerate(zip(examples, predictions, strict=True))
+    ]
+    return Evaluation(values, records)
+
+
+def _classify(
+    model: AdaptedModel, task: TaskConfig, items: Sequence[Encoded], batch_size: int, accelerator: Accelerator
+) -> list[dict[str, Any]]:
+    def predict(batch: Batch) -> list[dict[str, Any]]:
+        scores = model.score(batch)
+        ranked = scores
+        if task.normalize_scores:
+            assert batch.choice_mask is not None
+            ranked = scores / batch.choice_mask.sum(-1)
+        return [
+            {"label": label, "text": task.label_words[label], "scores": [round(s, 6) for s in row]}
+            for label, row in zip(ranked.argmax(-1).tolist(), scores.tolist(), strict=True)
+        ]
+
+    return _over_examples(model, items, batch_size, accelerator, predict)
+
+
+def _generate(
+    model: AdaptedModel, task: TaskConfig, items: Sequence[Encoded], batch_size: int, accelerator: Accelerator
+) -> list[dict[str, Any]]:
+    tokenizer = model.backbone.tokenizer
+
+    def predict(batch: Batch) -> list[dict[str, Any]]:
+        # Ranks share the layers' weights under fsdp, so none may stop decoding before the others.
+        ids = model.generate(
+            batch,
+            max_new_tokens=task.max_new_tokens,
+            num_beams=task.num_beams,
+            synced_gpus=accelerator.num_processes > 1,
+        )
+        texts = [t.strip() for t in tokenizer.batch_decode(ids, skip_special_tokens=True)]
+        if not task.label_column:
+            return [{"text": text} for text in texts]
+        return [{"text": text, "label": _begins_with(text, task.label_words)} for text in texts]
+
+    return _over_examples(model, items, batch_size, accelerator, predict)
+
+
+def _begins_with(text: str, words: Sequence[str]) -> int:
+    """The longest label word that `text` begins with; -1, which equals no label, if there is none."""
+    fitting = [index for index, word in enumerate(words) if text.startswith(word)]
+    return max(fitting, key=lambda index: len(words[index]), default=-1)
+
+
+def _over_examples(
+    model: AdaptedModel,
+    items: Sequence[Encoded],
+    batch_size: int,
+    accelerator: Accelerator,
+    predict: Callable[[Batch], list[dict[str, Any]]],
+) -> list[dict[str, Any]]:
+    """One record an example, in the split's order."""
+    batches = evaluation_batches(items, batch_size)
+    results = _over_batches(model, items, batch_size, accelerator, predict)
+    ordered = {
+        index: record
+        for indices, records in zip(batches, results, strict=True)
+        for index, record in zip(indices, records, strict=True)
+    }
+    return [ordered[index] for index in range(len(items))]
+
+
+def _over_batches(
+    model: AdaptedModel,
+    items: Sequence[Encoded],
+    batch_size: int,
+    accelerator: Accelerator,
+    work: Callable[[Batch], list[Any]],
+) -> list[list[Any]]:
+    """`work` on every batch of `items`, dealt out over the processes; every process gets all results, in order."""
+    batches = evaluation_batches(items, batch_size)
+    world, rank = accelerator.num_processes, accelerator.process_index
+    rounds = -(-len(batches) // world)
+    model.train(False)
+    own = []
+    with torch.no_grad():
+        for turn in range(rounds):
+            # Every process runs equally many batches, since sharded layers wait for each other; surplus is dropped.
+            number = min(turn * world + rank, len(batches) - 1)
+            batch = collate([items[i] for i in batches[number]], model.backbone.tokenizer.pad_token_id)
+            own.append((number, work(batch.to(accelerator.device))))
+    found = dict(gather_object(own))
+    return [found[number] for number in range(len(batches))]

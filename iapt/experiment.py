@@ -1,0 +1,317 @@
+"""One run, start to finish: build, score the bare backbone, train, evaluate, write the run folder.
+
+    config.yaml           the resolved configuration (written by whoever starts the run)
+    metrics.jsonl         losses by step
+    adapter.safetensors   the best adapter, with adapter.json
+    predictions.jsonl     the tuned model's test predictions
+    summary.json          the result; `status: ok` marks the folder as finished
+
+`run` and `evaluate` are the same code on one process and on many; every rank calls them with the same arguments.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import json
+import platform
+import resource
+import subprocess
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from omegaconf import OmegaConf
+
+from iapt.backbone import Backbone, build_backbone, shard_layers
+from iapt.batch import Encoded, encode_examples
+from iapt.checkpoint import SUMMARY, check_backbone, load_adapter, refuse_finished, save_adapter, write_json
+from iapt.config import Config, load_config, to_dict
+from iapt.errors import TrainingError, UserError
+from iapt.evaluate import evaluate as evaluate_split
+from iapt.hardware import check_hardware
+from iapt.methods import METHODS, SoftPrompt
+from iapt.model import AdaptedModel
+from iapt.tasks import Task, build_task
+from iapt.tracking import Tracker
+from iapt.trainer import Trainer
+
+SPLITS = ("train", "dev", "test")
+
+
+@dataclass
+class Parts:
+    """Everything a configuration builds."""
+
+    accelerator: Accelerator
+    task: Task
+    backbone: Backbone
+    model: AdaptedModel
+    items: dict[str, list[Encoded]]
+    notes: list[str]
+
+
+def run(config: Config, folder: Path) -> dict[str, Any]:
+    """Train and evaluate one configuration.
+
+    Args:
+        config: checked by `load_config`.
+        folder: the run folder; made if missing.
+
+    Returns:
+        The content of `summary.json`.
+
+    Raises:
+        UserError: bad input, a folder that holds a finished run among it.
+        TrainingError: training started and failed.
+    """
+    refuse_finished(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        return _run(config, folder)
+    except torch.OutOfMemoryError as error:
+        remedy = "a larger hardware.gradient_accumulation or hardware.activation_checkpointing=true needs less"
+        raise TrainingError(f"out of memory ({remedy}): {error}") from error
+
+
+def evaluate(checkpoint: Path, folder: Path, overrides: dict[str, Any], split: str = "test") -> dict[str, Any]:
+    """Score a saved adapter.
+
+    Args:
+        checkpoint: a run or adapter folder; it is only read.
+        folder: where `summary.json` and `predictions.jsonl` go; must not hold a finished run.
+        overrides: nested settings laid over the run's own, for example {"data_dir": ...} or {"task": {...}}.
+        split: train, dev or test.
+
+    Raises:
+        UserError: an unreadable checkpoint, a backbone it was not trained on, bad overrides.
+    """
+    if split not in SPLITS:
+        raise UserError(f"split = {split!r}: allowed are {', '.join(SPLITS)}")
+    refuse_finished(folder)
+    tensors, meta = load_adapter(checkpoint)
+    # A named task or backbone replaces the run's own; single settings are laid over it.
+    kept = {k: v for k, v in meta["config"].items() if "name" not in (overrides.get(k) or {})}
+    config: Config = load_config(OmegaConf.merge(kept, overrides))  # type: ignore[arg-type]
+    # However many processes trained it, one scores it.
+    hardware = dataclasses.replace(config.hardware, num_processes=1, strategy="ddp")
+    config = dataclasses.replace(config, hardware=hardware)
+    check_hardware(config)
+    parts = build(config)
+    check_backbone(parts.backbone.identity(), meta["backbone"], checkpoint)
+    try:
+        parts.model.load_adapter_state(tensors)
+    except ValueError as error:
+        raise UserError(f"checkpoint = {checkpoint}: {error}") from None
+    folder.mkdir(parents=True, exist_ok=True)
+    tracker = Tracker(folder, parts.accelerator, folder.name)
+    for note in parts.notes:
+        tracker.say(note)
+    same_task = config.task.name == meta["config"]["task"]["name"]
+    if same_task and parts.task.template_hash != meta["template_hash"]:
+        tracker.say("the template is not the one this adapter was trained with")
+    start = time.perf_counter()
+    result = evaluate_split(
+        parts.model, config.task, parts.task.splits[split], parts.items[split],
+        config.trainer.eval_batch_size, parts.accelerator,
+    )  # fmt: skip
+    summary = {
+        **_identity(config, parts),
+        "checkpoint": str(checkpoint),
+        "split": split,
+        "zero_shot": None,
+        "dev": None,
+        "test": None,
+        split: result.values[config.task.metrics[0]],
+        "metrics": {split: result.values},
+        "status": "ok",
+        "eval_seconds": round(time.perf_counter() - start, 3),
+        **_circumstances(parts),
+    }
+    if parts.accelerator.is_main_process:
+        _write_predictions(folder, result.predictions)
+        write_json(folder / SUMMARY, summary)
+    parts.model.detach()
+    return summary
+
+
+def build(config: Config) -> Parts:
+    """Task, backbone, method and model of a configuration, on this process's device."""
+    wandb = ["wandb"] if config.tracking.name == "wandb" else None
+    accelerator = Accelerator(cpu=config.hardware.device == "cpu", log_with=wandb)
+    set_seed(config.seed)
+    task = build_task(config.task, config.data_dir)
+    hardware = config.hardware
+    backbone = build_backbone(
+        config.backbone, precision=hardware.precision, attention=hardware.attention, device=accelerator.device
+    )
+    # Seeded again: how many numbers building a random backbone draws must not move the adapter's start.
+    set_seed(config.seed)
+    method = METHODS[config.method.name].build(config.method, backbone)
+    model = AdaptedModel(
+        backbone,
+        method,
+        precision=hardware.precision,
+        activation_checkpointing=hardware.activation_checkpointing,
+    )
+    if hardware.strategy == "fsdp":
+        shard_layers(backbone, model.trainable().values())
+    items, notes = _encode(config, task, backbone, method.num_soft_tokens if isinstance(method, SoftPrompt) else 0)
+    if accelerator.num_processes > 1:  # from here on random numbers are dropout's, each rank's its own
+        set_seed(config.seed, device_specific=True)
+    return Parts(accelerator, task, backbone, model, items, notes)
+
+
+def _run(config: Config, folder: Path) -> dict[str, Any]:
+    parts = build(config)
+    accelerator, task, model = parts.accelerator, parts.task, parts.model
+    tracker = Tracker(folder, accelerator, "/".join(folder.parts[-3:]))
+    tracker.start_wandb(config.tracking, to_dict(config))
+    for note in parts.notes:
+        tracker.say(note)
+    identity = _identity(config, parts)
+    meta = {
+        "method": to_dict(config.method),
+        "backbone": parts.backbone.identity(),
+        "template_hash": task.template_hash,
+        "trainable_params": identity["trainable_params"],
+        "config": to_dict(config),
+    }
+    tracker.say(
+        f"{config.method.name}: {identity['trainable_params']:,} trainable parameters on {config.backbone.name} "
+        f"({sum(p.numel() for p in parts.backbone.lm.parameters()):,} in all), device {accelerator.device}"
+    )
+
+    def score(split: str) -> Any:
+        return evaluate_split(
+            model,
+            config.task,
+            task.splits[split],
+            parts.items[split],
+            config.trainer.eval_batch_size,
+            accelerator,
+        )
+
+    metric = config.task.metrics[0]
+    zero_shot = None
+    if config.zero_shot:
+        with model.disabled():
+            zero_shot = score("test").values
+        tracker.say(f"zero-shot {metric} on test: {zero_shot[metric]:.4f}")
+
+    def keep(tensors: dict[str, torch.Tensor], step: int) -> None:
+        save_adapter(folder, tensors, {**meta, "step": step})
+
+    trainer = Trainer(
+        model,
+        config.trainer,
+        accelerator,
+        parts.items["train"],
+        parts.items["dev"],
+        seed=config.seed,
+        folder=folder,
+        tracker=tracker,
+        gradient_accumulation=config.hardware.gradient_accumulation,
+        on_best=keep,
+    )
+    result = trainer.run(resume=config.resume)
+    dev, test = score("dev"), score("test")
+    summary = {
+        **identity,
+        "zero_shot": zero_shot[metric] if zero_shot else None,
+        "dev": dev.values[metric],
+        "test": test.values[metric],
+        "majority": task.majority("test"),
+        "metrics": {"zero_shot": zero_shot, "dev": dev.values, "test": test.values},
+        "best_step": result.best_step,
+        "best_dev_loss": result.best_dev_loss,
+        "steps": result.steps,
+        "batch_size": trainer.batch_size,
+        "train_seconds": round(result.seconds, 3),
+        "tokens_per_second": round(result.tokens_per_second, 1),
+        "status": "ok",
+        **_circumstances(parts),
+    }
+    tracker.log(result.steps, {f"{split}_{metric}": summary[split] for split in ("dev", "test")})
+    if accelerator.is_main_process:
+        _write_predictions(folder, test.predictions)
+        write_json(folder / SUMMARY, summary)
+    trainer.finish()
+    tracker.finish()
+    model.detach()
+    return summary
+
+
+def _encode(
+    config: Config, task: Task, backbone: Backbone, soft_tokens: int
+) -> tuple[dict[str, list[Encoded]], list[str]]:
+    generates = not config.task.label_column or config.task.scoring == "generation"
+    items, notes = {}, list(task.notes)
+    for split, examples in task.splits.items():
+        items[split], words = encode_examples(
+            examples,
+            backbone.tokenizer,
+            choices=task.choices,
+            separator=config.task.separator,
+            max_length=config.trainer.max_length,
+            max_response_length=config.trainer.max_response_length,
+            context=backbone.context,
+            room=soft_tokens,
+            max_new_tokens=config.task.max_new_tokens if generates else 0,
+        )
+        notes += [f"{split}: {word}" for word in words]
+    return items, notes
+
+
+def _identity(config: Config, parts: Parts) -> dict[str, Any]:
+    return {
+        "task": config.task.name,
+        "method": config.method.name,
+        "backbone": config.backbone.name,
+        "seed": config.seed,
+        "trainable_params": sum(p.numel() for p in parts.model.trainable().values()),
+        "metric": config.task.metrics[0],
+        "template_hash": parts.task.template_hash,
+        "data_fingerprint": parts.task.fingerprint,
+    }
+
+
+def _circumstances(parts: Parts) -> dict[str, Any]:
+    device = parts.accelerator.device
+    if device.type == "cuda":
+        peak, name = torch.cuda.max_memory_allocated(device), torch.cuda.get_device_name(device)
+    else:
+        # Kilobytes everywhere but on macOS.
+        unit = 1 if platform.system() == "Darwin" else 1024
+        peak, name = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit, platform.machine()
+    packages = ("iapt", "torch", "transformers", "peft", "accelerate", "datasets")
+    return {
+        "peak_memory_bytes": peak,
+        "device": name,
+        "num_processes": parts.accelerator.num_processes,
+        "versions": {"python": platform.python_version()} | {p: importlib.metadata.version(p) for p in packages},
+        "git": _git(),
+    }
+
+
+def _git() -> str | None:
+    """The commit of the checkout this package runs from, `-dirty` behind it if it has changes."""
+    root = Path(__file__).parent.parent
+    if not (root / ".git").exists():
+        return None
+    try:
+        return subprocess.run(
+            ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"],
+            capture_output=True, text=True, check=True,
+        ).stdout.strip()  # fmt: skip
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def _write_predictions(folder: Path, predictions: list[dict[str, Any]]) -> None:
+    with (folder / "predictions.jsonl").open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in predictions)

@@ -1,0 +1,75 @@
+"""Prompt tuning (Lester et al., EMNLP 2021): one trained matrix of soft tokens at the input."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from iapt.errors import UserError
+from iapt.methods import MethodConfig, MethodSpec, SoftPrompt, register
+
+if TYPE_CHECKING:
+    from iapt.backbone import Backbone
+
+
+@dataclass
+class PromptTuningConfig(MethodConfig):
+    """`init`: random draws N(0, `init_std`^2), vocabulary copies embeddings of random tokens, text copies the
+    embeddings of `init_text`, repeated or cut to `num_soft_tokens`."""
+
+    num_soft_tokens: int = field(default=20, metadata={"minimum": 1})
+    position: str = field(
+        default="before_instruction", metadata={"choices": ("before_instruction", "after_instruction")}
+    )
+    init: str = field(default="vocabulary", metadata={"choices": ("random", "vocabulary", "text")})
+    init_std: float = field(default=0.02, metadata={"minimum": 0})
+    init_text: str | None = None
+
+    def problems(self) -> list[str]:
+        if self.init == "text" and not self.init_text:
+            return ["method.init_text = null: method.init = text copies the embeddings of method.init_text; give one"]
+        return []
+
+
+class PromptTuning(SoftPrompt):
+    """P (s, d) in float32, given to the first layer; its states then run on through the layers as
+    tokens do."""
+
+    reads = "nothing"
+
+    def __init__(self, start: Tensor, position: str) -> None:
+        super().__init__()
+        self.num_soft_tokens = len(start)
+        self.position = position
+        self.prompt = nn.Parameter(start.float())
+
+    def forward(self, layer: int, states: Tensor, mask: Tensor, previous: Tensor) -> Tensor | None:
+        return previous + self.prompt if layer == 0 else None
+
+
+def build(config: PromptTuningConfig, backbone: Backbone) -> PromptTuning:
+    """Raises UserError if `init_text` has no tokens."""
+    s, table = config.num_soft_tokens, backbone.embeddings
+    if config.init == "random":
+        start = torch.randn(s, backbone.hidden_size) * config.init_std
+    else:
+        if config.init == "vocabulary":
+            ids = torch.randint(len(backbone.tokenizer), (s,))
+        else:
+            ids = torch.tensor(backbone.tokenizer.encode(config.init_text, add_special_tokens=False), dtype=torch.long)
+            if not len(ids):
+                raise UserError(f"method.init_text = {config.init_text!r}: the tokenizer finds no token in it")
+            ids = ids.repeat(s // len(ids) + 1)[:s]
+        start = backbone.embed(ids.to(table.weight.device)).detach().cpu()
+    return PromptTuning(start, config.position)
+
+
+def count(config: PromptTuningConfig, backbone: Backbone) -> int:
+    """s d."""
+    return config.num_soft_tokens * backbone.hidden_size
+
+
+register("prompt_tuning", MethodSpec(PromptTuningConfig, build, count))

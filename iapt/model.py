@@ -1,0 +1,368 @@
+"""AdaptedModel: a frozen backbone joined with one method, and three verbs: `loss`, `score`, `generate`.
+
+Soft tokens live in columns of their own. Before each decoder layer a hook overwrites what stands in those columns
+with what the method answers for that layer; their keys and values then reach the layer, and the KV cache, like any
+token's. No forward pass of transformers is copied, so any decoder works. Padding is on the left and every column
+means the same in every row, so positions come from the mask alone and no method ever searches for a boundary.
+
+The two layouts, and the passes they need (labels in the README, "Sources": the layouts are I):
+
+    before_instruction   [P, x_1 .. x_n, response]       the instruction sees P: one pass, gradient everywhere
+    after_instruction    [x_1 .. x_n-1, P, x_n, response] it does not: one pass over x_1 .. x_n without gradient
+                                                         keeps keys, values and each layer's states (the *frozen
+                                                         prefix*), then only [P, x_n, response] carries gradient
+
+In the second layout a generator reads all n states of that first, bare pass; x_n is then run again, seeing P.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import DynamicCache
+
+from iapt.backbone import Backbone
+from iapt.batch import Batch
+from iapt.methods import Method, SoftPrompt, WeightMethod
+
+
+@dataclass
+class Prefix:
+    """An encoded instruction: everything before its last token, ready to be continued.
+
+    Attributes:
+        cache: keys and values of C columns, soft tokens among them.
+        mask: (B, C) bool.
+        last_ids: (B, 1) int64, the instruction's last token, with which every continuation begins.
+    """
+
+    cache: DynamicCache
+    mask: Tensor
+    last_ids: Tensor
+
+
+@dataclass
+class _Plan:
+    """What the layer hooks do during one pass: write soft tokens into `slots`, or record the layers' inputs."""
+
+    mask: Tensor  # (B, N) of the instruction
+    slots: slice | None = None
+    columns: slice | None = None  # where this pass holds the instruction's states ...
+    states: Sequence[Tensor] = ()  # ... unless they are given, one (B, N, d) a layer
+    record: list[Tensor] | None = None
+
+
+class AdaptedModel(nn.Module):
+    """A frozen backbone and one method.
+
+    Args:
+        backbone: the frozen LM; hooks are registered on its decoder layers, `detach` removes them.
+        method: a prompt-space or weight-space method, or None for the bare backbone.
+        precision: `bf16` runs everything under autocast; adapters stay float32 either way, because updates at
+            small learning rates vanish in bfloat16.
+        activation_checkpointing: recompute layer activations in the backward pass.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        method: Method | None,
+        *,
+        precision: str = "fp32",
+        activation_checkpointing: bool = False,
+    ) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.lm = backbone.lm
+        self.method = method.to(backbone.lm.device) if method is not None else None
+        self._autocast = torch.bfloat16 if precision == "bf16" else None
+        self._checkpointing = activation_checkpointing
+        self._active = True
+        self._plan: _Plan | None = None
+        self._hooks = [
+            layer.register_forward_pre_hook(partial(self._before_layer, index), with_kwargs=True)
+            for index, layer in enumerate(backbone.layers)
+        ]
+        if activation_checkpointing:
+            self.lm.activation_checkpointing_enable({"use_reentrant": False})
+        self.train(False)
+
+    # -- what is trained ----------------------------------------------------------------------------------
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        """The trained parameters under the names they are saved by."""
+        return self.method.trainable() if self.method else {}
+
+    def adapter_state(self) -> dict[str, Tensor]:
+        """Everything the method owns, trained or not: name -> float32 copy on the CPU."""
+        return {k: v.detach().float().cpu().clone().contiguous() for k, v in self._owned().items()}
+
+    def load_adapter_state(self, state: dict[str, Tensor]) -> None:
+        """Put a saved state back. Raises ValueError naming missing, surplus and misshapen tensors."""
+        own = self._owned()
+        wrong = set(own) ^ set(state) | {k for k in set(own) & set(state) if own[k].shape != state[k].shape}
+        if wrong:
+            names = ", ".join(sorted(wrong)[:6])
+            raise ValueError(f"the adapter's tensors do not fit this method and backbone: {names}")
+        with torch.no_grad():
+            for key, tensor in own.items():
+                tensor.copy_(state[key])
+
+    def _owned(self) -> dict[str, Tensor]:
+        if self.method is None:
+            return {}
+        return dict(self.method.trainable()) | dict(self.method.state_dict())
+
+    def train(self, mode: bool = True) -> AdaptedModel:
+        """Train mode of the method only: dropout inside a frozen backbone would be noise, not regularisation."""
+        super().train(False)
+        self.training = mode
+        if self.method is not None:
+            self.method.train(mode)
+        if self._checkpointing:  # transformers asks these very modules whether to recompute
+            for module in (self.backbone.decoder, *self.backbone.layers):
+                module.training = mode
+        return self
+
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        """A context in which this is the bare backbone."""
+        was, self._active = self._active, False
+        with self.method.disabled() if isinstance(self.method, WeightMethod) else nullcontext():
+            try:
+                yield
+            finally:
+                self._active = was
+
+    def detach(self) -> None:
+        """Take the hooks off the backbone. The object is of no use afterwards."""
+        for hook in self._hooks:
+            hook.remove()
+
+    # -- the three verbs ----------------------------------------------------------------------------------
+
+    def loss(self, batch: Batch, reduction: str = "mean") -> Tensor:
+        """Cross-entropy of the response tokens given the instruction, in nats, a scalar in float32 or better.
+
+        Args:
+            batch: instructions and responses.
+            reduction: `mean` over the response tokens of the batch, or `sum` over them (what gradient
+                accumulation and several processes need, since their shares hold unequal numbers of tokens).
+        """
+        with self._precision():
+            logits = self._response_logits(batch)
+        targets = batch.response_ids.masked_fill(~batch.response_mask, -100)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        total = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100, reduction="sum")
+        return total if reduction == "sum" else total / batch.response_mask.sum()
+
+    forward = loss
+
+    @torch.no_grad()
+    def score(self, batch: Batch) -> Tensor:
+        """Log-likelihood of every choice of every row, summed over its tokens.
+
+        Args:
+            batch: with `choice_ids` (B, C, T) and their mask; its responses are not looked at.
+
+        Returns:
+            (B, C) float32, in nats.
+
+        Raises:
+            ValueError: if the batch carries no choices.
+        """
+        if batch.choice_ids is None or batch.choice_mask is None:
+            raise ValueError("score needs a batch with choices")
+        prefix = self.encode(batch)
+        scores = []
+        for ids, mask in zip(batch.choice_ids.unbind(1), batch.choice_mask.unbind(1), strict=True):
+            logits = self._continue(prefix, ids, mask)
+            chosen = logits.float().log_softmax(-1).gather(-1, ids.unsqueeze(-1)).squeeze(-1)
+            scores.append((chosen * mask).sum(-1))
+        return torch.stack(scores, dim=1)
+
+    @torch.no_grad()
+    def generate(self, batch: Batch, **options: Any) -> Tensor:
+        """Decode a response for every row from the encoded prefix.
+
+        After the prefix stands, decoding is the bare backbone's own `generate`: greedy, beams, sampling.
+
+        Args:
+            batch: its responses are not looked at.
+            options: transformers' generation options (`max_new_tokens`, `num_beams`, `do_sample` ...).
+
+        Returns:
+            (B, T) int64 token ids, right-padded.
+        """
+        prefix = self.encode(batch)
+        tokenizer = self.backbone.tokenizer
+        # transformers repeats ids and mask for beams or samples, but not a cache that it is handed.
+        copies = max(options.get("num_beams", 1), options.get("num_return_sequences", 1))
+        if copies > 1:
+            prefix.cache.batch_repeat_interleave(copies)
+        # The cached columns need ids for their count's sake only; they are never looked up.
+        cached = torch.full_like(prefix.mask, tokenizer.pad_token_id, dtype=torch.long)
+        ids = torch.cat([cached, prefix.last_ids], 1)
+        with self._precision():
+            output = self.lm.generate(
+                input_ids=ids,
+                attention_mask=torch.cat([prefix.mask, batch.instruction_mask[:, -1:]], 1).long(),
+                past_key_values=prefix.cache,
+                pad_token_id=tokenizer.pad_token_id,
+                **{"do_sample": False, **options},
+            )
+        return output[:, ids.shape[1] :]
+
+    # -- passes over the backbone -------------------------------------------------------------------------
+
+    def encode(self, batch: Batch) -> Prefix:
+        """Run the instruction, and the soft tokens with it, up to but not including its last token."""
+        mask, cache, prompt = batch.instruction_mask, DynamicCache(), self._prompt()
+        with self._precision():
+            if prompt is None:
+                self._run(self.backbone.embed(batch.instruction_ids[:, :-1]), mask[:, :-1], cache)
+                mask = mask[:, :-1]
+            elif prompt.position == "before_instruction":
+                plan, soft = self._plan_before(prompt, batch)
+                mask = torch.cat([soft.new_ones(soft.shape[:2], dtype=torch.bool), mask], 1)
+                self._run(torch.cat([soft, self.backbone.embed(batch.instruction_ids)], 1), mask, cache, plan=plan)
+                # The last token had to run, a generator reads its states; every continuation runs it again.
+                cache.crop(-1)
+                mask = mask[:, :-1]
+            else:
+                plan, soft = self._plan_after(prompt, batch, cache)
+                cache.crop(-1)
+                mask = torch.cat([mask[:, :-1], soft.new_ones(soft.shape[:2], dtype=torch.bool)], 1)
+                self._run(soft, mask, cache, plan=plan)
+        return Prefix(cache, mask, batch.instruction_ids[:, -1:])
+
+    def _response_logits(self, batch: Batch) -> Tensor:
+        """(B, R, V): the logits that predict each response token, in one pass with gradient."""
+        prompt, embed = self._prompt(), self.backbone.embed
+        # The last response token predicts nothing that is asked for.
+        response, seen = embed(batch.response_ids[:, :-1]), batch.response_mask[:, :-1]
+        keep = batch.response_ids.shape[1]
+        mask = batch.instruction_mask
+        if prompt is None:
+            embeds = torch.cat([embed(batch.instruction_ids), response], 1)
+            return self._run(embeds, torch.cat([mask, seen], 1), keep=keep)
+        if prompt.position == "before_instruction":
+            plan, soft = self._plan_before(prompt, batch)
+            ones = soft.new_ones(soft.shape[:2], dtype=torch.bool)
+            embeds = torch.cat([soft, embed(batch.instruction_ids), response], 1)
+            return self._run(embeds, torch.cat([ones, mask, seen], 1), keep=keep, plan=plan)
+        # transformers drops the cache where it checkpoints, so there the prefix is run again with the rest.
+        cache = None if self._checkpointing and self.training else DynamicCache()
+        plan, soft = self._plan_after(prompt, batch, cache)
+        ones = soft.new_ones(soft.shape[:2], dtype=torch.bool)
+        whole = torch.cat([mask[:, :-1], ones, mask[:, -1:], seen], 1)
+        first, last = embed(batch.instruction_ids).split([mask.shape[1] - 1, 1], dim=1)
+        tail = torch.cat([soft, last, response], 1)
+        if cache is None:
+            plan.slots = slice(first.shape[1], first.shape[1] + soft.shape[1])
+            return self._run(torch.cat([first, tail], 1), whole, keep=keep, plan=plan)
+        cache.crop(-1)
+        return self._run(tail, whole, cache, keep=keep, plan=plan)
+
+    def _continue(self, prefix: Prefix, ids: Tensor, mask: Tensor) -> Tensor:
+        """(B, T, V) logits that predict ids (B, T) after the prefix, which is left as it was."""
+        inputs = torch.cat([prefix.last_ids, ids[:, :-1]], 1)
+        seen = torch.cat([prefix.mask, torch.ones_like(prefix.mask[:, :1]), mask[:, :-1]], 1)
+        with self._precision():
+            logits = self._run(self.backbone.embed(inputs), seen, prefix.cache, keep=ids.shape[1])
+        prefix.cache.crop(-ids.shape[1])
+        return logits
+
+    def _prompt(self) -> SoftPrompt | None:
+        return self.method if self._active and isinstance(self.method, SoftPrompt) else None
+
+    def _blank(self, prompt: SoftPrompt, batch: Batch) -> Tensor:
+        """(B, s, d) of zeros: the soft columns before any layer has run."""
+        shape = len(batch.instruction_ids), prompt.num_soft_tokens, self.backbone.hidden_size
+        return torch.zeros(shape, dtype=self.lm.dtype, device=self.lm.device)
+
+    def _plan_before(self, prompt: SoftPrompt, batch: Batch) -> tuple[_Plan, Tensor]:
+        mask, s = batch.instruction_mask, prompt.num_soft_tokens
+        if prompt.reads == "encoding":
+            plan = _Plan(mask, slots=slice(0, s), states=self._read(batch, None, prompt.reads))
+        else:
+            plan = _Plan(mask, slots=slice(0, s), columns=slice(s, s + mask.shape[1]))
+        return plan, self._blank(prompt, batch)
+
+    def _plan_after(self, prompt: SoftPrompt, batch: Batch, cache: DynamicCache | None) -> tuple[_Plan, Tensor]:
+        """Run the bare instruction, filling `cache`; then the soft columns come first in the next pass."""
+        states = self._read(batch, cache, prompt.reads)
+        return _Plan(batch.instruction_mask, slots=slice(0, prompt.num_soft_tokens), states=states), self._blank(
+            prompt, batch
+        )
+
+    @torch.no_grad()
+    def _read(self, batch: Batch, cache: DynamicCache | None, reads: str) -> list[Tensor]:
+        """The frozen prefix: the instruction through the bare backbone; what a generator will read of it."""
+        record: list[Tensor] = []
+        plan = _Plan(batch.instruction_mask, record=record if reads == "layers" else None)
+        embeds = self.backbone.embed(batch.instruction_ids)
+        last = self._run(embeds, batch.instruction_mask, cache, plan=plan)
+        return record if reads == "layers" else [last] * self.backbone.num_layers
+
+    def _run(
+        self,
+        embeds: Tensor,
+        mask: Tensor,
+        cache: DynamicCache | None = None,
+        *,
+        keep: int = 0,
+        plan: _Plan | None = None,
+    ) -> Tensor:
+        """One pass: embeds (B, Q, d) are the last Q of mask's (B, C + Q) columns, the cache holds the others.
+
+        Returns the logits (B, keep, V) of the last `keep` columns, or the last hidden states (B, Q, d) if keep is 0.
+        """
+        positions = (mask.long().cumsum(1) - 1).clamp(min=0)[:, -embeds.shape[1] :]
+        inputs = {
+            "inputs_embeds": embeds,
+            "attention_mask": mask.long(),
+            "position_ids": positions,
+            "past_key_values": cache,
+            "use_cache": cache is not None,
+        }
+        self._plan = plan
+        try:
+            if keep:
+                return self.lm(**inputs, logits_to_keep=keep).logits
+            return self.backbone.decoder(**inputs).last_hidden_state
+        finally:
+            # Activation checkpointing runs the hooks once more in the backward pass; then it must still be there.
+            if not (self._checkpointing and torch.is_grad_enabled()):
+                self._plan = None
+
+    def _before_layer(
+        self, index: int, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        plan = self._plan
+        if plan is None:
+            return None
+        hidden: Tensor = args[0] if args else kwargs["hidden_states"]
+        if plan.record is not None:
+            plan.record.append(hidden)
+            return None
+        if plan.slots is None:
+            return None
+        assert isinstance(self.method, SoftPrompt)
+        states = hidden[:, plan.columns] if plan.columns else plan.states[index]
+        soft = self.method(index, states, plan.mask, hidden[:, plan.slots])
+        if soft is None:
+            return None
+        before, after = hidden[:, : plan.slots.start], hidden[:, plan.slots.stop :]
+        hidden = torch.cat([before, soft.to(hidden.dtype), after], 1)
+        return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
+
+    def _precision(self) -> AbstractContextManager[Any]:
+        return torch.autocast(self.lm.device.type, self._autocast) if self._autocast else nullcontext()

@@ -1,0 +1,173 @@
+"""Where a task's rows come from: an embedded generator, a local folder, or the hub, in this order.
+
+A row is a plain dict, column -> value, exactly as the source has it. Local files are read with the standard
+library (and pyarrow for parquet), because a message about them can then name the file and the line.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from iapt.config import TaskConfig
+from iapt.errors import UserError, suggest
+
+Row = dict[str, Any]
+SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
+
+
+def load_rows(config: TaskConfig, split: str, data_dir: str | None) -> list[Row]:
+    """All rows of one split, in the source's order.
+
+    Args:
+        config: the task; `source.splits` says what the source calls the split.
+        split: "train", "validation" or "test".
+        data_dir: a folder holding `<task.name>/<split>.jsonl|json|csv|tsv|parquet`. The hub is asked when
+            it is null or holds no folder of this task, and never to fill up a folder that lacks one split:
+            a task whose splits come from two places is no longer the task.
+
+    Raises:
+        UserError: nothing to load from, a missing or empty split, an unreadable file (with its line).
+    """
+    name = config.source.splits.get(split, split)
+    if config.source.generator:
+        rows = _generated(config.source.generator, name)
+    else:
+        folder = _local_folder(config, data_dir)
+        rows = _local(config, folder, name) if folder else _hub(config, name, data_dir)
+    if not rows:
+        raise UserError(f"task '{config.name}': split '{name}' is empty")
+    return rows
+
+
+def _generated(generator: str, name: str) -> list[Row]:
+    from iapt.tasks import toy
+
+    try:
+        return list(toy.rows(generator, name))
+    except ValueError as error:  # it knows neither this generator nor our words for it
+        raise UserError(f"task.source.generator = {generator}: {error}") from None
+
+
+def _local_folder(config: TaskConfig, data_dir: str | None) -> Path | None:
+    if not data_dir:
+        return None
+    root = Path(data_dir).expanduser()
+    if not root.is_dir():
+        raise UserError(f"data_dir = {data_dir}: no such folder")
+    return root / config.name if (root / config.name).is_dir() else None
+
+
+def _local(config: TaskConfig, folder: Path, name: str) -> list[Row]:
+    files = sorted(p for p in folder.iterdir() if p.suffix in SUFFIXES and p.is_file())
+    found = [p for p in files if p.stem == name]
+    if not found:
+        raise _missing_split(config, name, {p.stem for p in files}, str(folder))
+    if len(found) > 1:
+        raise UserError(
+            f"task '{config.name}': split '{name}' has {len(found)} files in {folder} "
+            f"({', '.join(p.name for p in found)}); keep one"
+        )
+    return read_file(found[0])
+
+
+def _missing_split(config: TaskConfig, name: str, known: set[str], where: str) -> UserError:
+    hint = ""
+    validation = config.source.splits.get("validation", "validation")
+    if known == {validation} and config.split_rule != "split_validation":
+        hint = "; with nothing but a validation split, use task.split_rule=split_validation"
+    return UserError(f"task '{config.name}': no split '{name}' in {where}; {suggest(name, known)}{hint}")
+
+
+def _hub(config: TaskConfig, name: str, data_dir: str | None) -> list[Row]:
+    source = config.source
+    local = f"{data_dir} has no folder '{config.name}'" if data_dir else "data_dir (or IAPT_DATA_DIR) is not set"
+    failed = f"task '{config.name}': no data\n  local files: {local}\n  hub: "
+    if not source.path:
+        raise UserError(f"{failed}task.source.path is not set")
+    import datasets  # a second of imports that local files do not need
+
+    try:
+        rows = datasets.load_dataset(source.path, source.config, split=name, revision=source.revision)
+    except Exception as error:  # the hub fails in a dozen ways, each with its own class
+        known = _hub_splits(error)
+        if known:
+            raise _missing_split(config, name, known, f"{source.path} on the hub") from None
+        reason = " ".join(str(error).split()) or type(error).__name__
+        where = f"{source.path}{f' ({source.config})' if source.config else ''}"
+        raise UserError(f"{failed}{where}: {reason[:300]}") from error
+    return list(rows.to_list())
+
+
+def _hub_splits(error: Exception) -> set[str]:
+    """The splits that exist, out of datasets' message 'Unknown split "x". Should be one of [...]'."""
+    head, _, tail = str(error).partition("Should be one of [")
+    if "split" not in head.lower():
+        return set()
+    return {word.strip(" '\"") for word in tail.partition("]")[0].split(",")} - {""}
+
+
+def read_file(path: Path) -> list[Row]:
+    """The rows of one jsonl, json, csv, tsv or parquet file.
+
+    In csv and tsv every value is text; the first line names the columns. A `.json` file holds one array of
+    objects, or one object a line as `datasets` writes it.
+
+    Raises:
+        UserError: naming the file, and the line where there is one.
+    """
+    try:
+        if path.suffix == ".parquet":
+            import pyarrow.parquet  # type: ignore[import-untyped]
+
+            return list(pyarrow.parquet.read_table(path).to_pylist())
+        with path.open(encoding="utf-8-sig", newline="") as handle:
+            if path.suffix in (".csv", ".tsv"):
+                return list(_table(path, handle))
+            if path.suffix == ".json":
+                text = handle.read()
+                if text.lstrip().startswith("["):
+                    return [_object(path, i, row, "entry") for i, row in enumerate(_parse(path, 1, text), 1)]
+                return list(_lines(path, text.split("\n")))
+            return list(_lines(path, handle))
+    except UserError:
+        raise
+    except Exception as error:  # OSError, UnicodeDecodeError, and whatever arrow finds wrong
+        raise UserError(f"{path}: cannot be read: {' '.join(str(error).split())[:300]}") from error
+
+
+def _lines(path: Path, lines: Iterable[str]) -> Iterator[Row]:
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            yield _object(path, number, _parse(path, number, line.strip()), "line")
+
+
+def _parse(path: Path, number: int, text: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}, line {number + error.lineno - 1}: not JSON: {error.msg}") from None
+
+
+def _object(path: Path, number: int, row: Any, what: str) -> Row:
+    if not isinstance(row, dict):
+        raise UserError(f"{path}, {what} {number}: expected an object with columns, not {json.dumps(row)[:60]}")
+    return row
+
+
+def _table(path: Path, lines: Iterable[str]) -> Iterator[Row]:
+    csv.field_size_limit(sys.maxsize)  # the default, 128 kB, is less than some passages
+    # strict: else one stray quotation mark silently swallows the lines up to the next one
+    reader = csv.DictReader(lines, delimiter="\t" if path.suffix == ".tsv" else ",", strict=True)
+    try:
+        for row in reader:
+            if None in row or None in row.values():
+                count = len(reader.fieldnames or [])
+                raise UserError(f"{path}, line {reader.line_num}: expected {count} columns, as in the first line")
+            yield row
+    except csv.Error as error:
+        raise UserError(f"{path}, row that begins in line {reader.line_num + 1}: {error}") from None

@@ -1,0 +1,58 @@
+"""What a run's own process executes: `python -m iapt.worker FOLDER`, resolved config in FOLDER/config.yaml.
+
+With `hardware.num_processes` above one it first starts the ranks, which are this same module again. The exit
+code is the command line's: 2 bad input, 1 a failed run, 130 interrupted; the reason stands in summary.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+import traceback
+from pathlib import Path
+
+import yaml  # type: ignore[import-untyped]
+
+from iapt import launch
+from iapt.config import load_config
+from iapt.errors import TrainingError, UserError
+
+
+def main() -> int:
+    """Run the folder given on the command line and return the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m iapt.worker")
+    parser.add_argument("folder", type=Path, help="a run folder with config.yaml")
+    parser.add_argument("--quiet", action="store_true", help="the caller prints why the run failed")
+    args = parser.parse_args()
+    rank = int(os.environ.get("RANK", 0))
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stdout)
+    logging.getLogger("iapt").setLevel(logging.INFO if rank == 0 else logging.WARNING)
+
+    folder: Path = args.folder
+    saved = yaml.safe_load((folder / launch.CONFIG_FILE).read_text())
+    try:
+        config = load_config(saved)
+        if config.hardware.num_processes > 1 and "RANK" not in os.environ:
+            return launch.start_ranks(folder, config)
+        from iapt import experiment
+
+        experiment.run(config, folder)
+    except KeyboardInterrupt:
+        return 130
+    except (UserError, TrainingError) as error:
+        first = launch.record_failure(folder, error, saved)
+        if first and not args.quiet:
+            print(error, file=sys.stderr)
+        return error.exit_code
+    except Exception as error:
+        # Ranks that fail because another one did would bury the traceback that matters.
+        if launch.record_failure(folder, error, saved):
+            traceback.print_exc()
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

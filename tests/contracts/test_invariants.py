@@ -1,0 +1,233 @@
+"""The contract of every method (numbers as in the README's table): each test runs on every case and shape."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+
+from iapt.checkpoint import load_adapter, save_adapter
+from iapt.methods import METHODS, SoftPrompt
+from iapt.model import AdaptedModel
+from tests.contracts.conftest import CASES, Case, batch, build_backbone, build_model, examples
+
+TOLERANCE = {"rtol": 1e-4, "atol": 1e-4}
+
+
+def row_losses(model: AdaptedModel, items: list) -> torch.Tensor:
+    return torch.stack([model.loss(batch([item]), "sum") for item in items])
+
+
+def greedy(model: AdaptedModel, items: list, steps: int, **options) -> torch.Tensor:
+    ids = model.generate(batch(items), max_new_tokens=steps, min_new_tokens=steps, **options)
+    assert ids.shape == (len(items), steps)
+    return ids
+
+
+def next_log_probabilities(model: AdaptedModel, item, so_far: list[int]) -> torch.Tensor:
+    """Log p of every token after `so_far`, from one full pass; `model` must be an `oracle`."""
+    made = batch([item])
+    made.response_ids = torch.tensor([[*so_far, 3]])
+    made.response_mask = torch.ones_like(made.response_ids, dtype=torch.bool)
+    log_p = model._response_logits(made)[0, -1].detach().log_softmax(-1)
+    log_p[2] = -torch.inf  # eos: min_new_tokens forbids it
+    return log_p
+
+
+def oracle(case: Case, shape: str) -> AdaptedModel:
+    """The same model on the one road that never uses a cache: training with activation checkpointing."""
+    return build_model(case, shape, activation_checkpointing=True).train()
+
+
+def test_every_method_is_covered():
+    assert {c.method for c in CASES} == set(METHODS)
+
+
+def test_1_only_the_adapter_changes_and_all_of_it_gets_gradient(case: Case, shape: str):
+    model = build_model(case, shape)
+    trained = {id(p) for p in model.trainable().values()}
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    model.train()
+    model.loss(batch(examples())).backward()
+    for name, parameter in model.trainable().items():
+        assert parameter.grad is not None, f"{name} got no gradient"
+        assert parameter.grad.abs().sum() > 0, f"{name}'s gradient is zero"
+    assert all(p.requires_grad == (id(p) in trained) for p in model.parameters())
+    torch.optim.SGD(model.trainable().values(), lr=0.1).step()
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, before[name]) != (id(parameter) in trained), name
+
+
+def test_2_parameter_count_is_the_closed_form(case: Case, shape: str):
+    model = build_model(case, shape)
+    spec = METHODS[case.method]
+    config = spec.config(name=case.method, **case.options)
+    counted = sum(p.numel() for p in model.trainable().values())
+    assert counted == spec.count(config, build_backbone(shape)) == spec.count(config, model.backbone)
+
+
+def test_3_padding_and_order_change_nothing(case: Case, shape: str):
+    model, items = build_model(case, shape), examples()
+    plain, padded = batch(items), batch(items, extra_left=6, extra_right=3)
+    torch.testing.assert_close(model.loss(padded), model.loss(plain), **TOLERANCE)
+    torch.testing.assert_close(model.score(padded), model.score(plain), **TOLERANCE)
+    assert torch.equal(model.generate(padded, max_new_tokens=5, min_new_tokens=5), greedy(model, items, 5))
+    order = [3, 0, 4, 1, 2]
+    shuffled = batch([items[i] for i in order])
+    torch.testing.assert_close(model.score(shuffled), model.score(plain)[order], **TOLERANCE)
+    torch.testing.assert_close(model.loss(shuffled), model.loss(plain), **TOLERANCE)
+
+
+def test_4_cached_greedy_equals_full_recompute(case: Case, shape: str):
+    model, items = build_model(case, shape), examples()
+    generated, uncached = greedy(model, items, 6), oracle(case, shape)
+    for item, row in zip(items, generated.tolist(), strict=True):
+        so_far: list[int] = []
+        for _ in range(6):
+            so_far.append(int(next_log_probabilities(uncached, item, so_far).argmax()))
+        assert row == so_far
+
+
+def test_4_cached_beams_equal_full_recompute(case: Case, shape: str):
+    model, items, beams, steps = build_model(case, shape), examples(3), 3, 4
+    generated, uncached = greedy(model, items, steps, num_beams=beams), oracle(case, shape)
+    for item, row in zip(items, generated.tolist(), strict=True):
+        found: list[tuple[float, list[int]]] = [(0.0, [])]
+        for _ in range(steps):
+            grown = [
+                (total + float(log_p), [*ids, token])
+                for total, ids in found
+                for token, log_p in enumerate(next_log_probabilities(uncached, item, ids))
+            ]
+            found = sorted(grown, reverse=True)[:beams]
+        assert row == found[0][1]
+
+
+def test_5_batched_equals_one_by_one(case: Case, shape: str):
+    model, items = build_model(case, shape), examples()
+    torch.testing.assert_close(model.loss(batch(items), "sum"), row_losses(model, items).sum(), **TOLERANCE)
+    alone = torch.cat([model.score(batch([item])) for item in items])
+    torch.testing.assert_close(model.score(batch(items)), alone, **TOLERANCE)
+    assert torch.equal(greedy(model, items, 5), torch.cat([greedy(model, [item], 5) for item in items]))
+
+
+def test_5_score_and_loss_agree(case: Case, shape: str):
+    """The prefix that `score` continues from and the single pass of `loss` are two roads to one number."""
+    model, items = build_model(case, shape), examples()
+    model.train()
+    for choice in range(3):
+        chosen = batch(items)
+        chosen.response_ids, chosen.response_mask = (
+            chosen.choice_ids[:, choice],
+            chosen.choice_mask[:, choice],
+        )
+        torch.testing.assert_close(model.loss(chosen, "sum"), -model.score(batch(items))[:, choice].sum(), **TOLERANCE)
+
+
+def test_6_saved_and_loaded_gives_the_same_logits(case: Case, shape: str, tmp_path: Path):
+    model = build_model(case, shape)
+    save_adapter(tmp_path, model.adapter_state(), {"any": "thing"})
+    other = build_model(case, shape)
+    with torch.no_grad():
+        for parameter in other.trainable().values():
+            parameter.zero_()
+    tensors, meta = load_adapter(tmp_path)
+    assert meta["any"] == "thing"
+    assert not torch.equal(other.score(batch(examples())), model.score(batch(examples())))
+    other.load_adapter_state(tensors)
+    assert torch.equal(other.score(batch(examples())), model.score(batch(examples())))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter.json", "adapter.safetensors"]
+
+
+def soft_tokens(model: AdaptedModel, made) -> list[torch.Tensor]:
+    seen: list[torch.Tensor] = []
+    handle = model.method.register_forward_hook(
+        lambda module, args, output: seen.append(output.detach().clone()) if output is not None else None
+    )
+    model.train()
+    model.loss(made)
+    handle.remove()
+    return seen
+
+
+def test_7_no_soft_token_sees_the_response(case: Case, shape: str):
+    model = build_model(case, shape)
+    if not isinstance(model.method, SoftPrompt):
+        pytest.skip("no soft tokens in weight space")
+    made, other = batch(examples()), batch(examples())
+    other.response_ids = (other.response_ids + 17) % 60 + 3
+    assert not torch.equal(made.response_ids, other.response_ids)
+    first, second = soft_tokens(model, made), soft_tokens(model, other)
+    assert len(first) == len(second) > 0
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    # The same probe must notice a changed instruction in every method that reads it.
+    other.instruction_ids = torch.where(made.instruction_mask, (made.instruction_ids + 5) % 60 + 3, 0)
+    changed = any(not torch.equal(a, b) for a, b in zip(first, soft_tokens(model, other), strict=True))
+    assert changed == (model.method.reads != "nothing")
+
+
+def test_8_activation_checkpointing_changes_nothing(case: Case, shape: str):
+    plain, saving = build_model(case, shape), build_model(case, shape, activation_checkpointing=True)
+    for model in (plain, saving):
+        model.train()
+        model.loss(batch(examples())).backward()
+    for (name, a), b in zip(plain.trainable().items(), saving.trainable().values(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad, msg=lambda m, n=name: f"{n}: {m}", **TOLERANCE)
+
+
+def test_10_bf16_runs_and_stays_finite(case: Case, shape: str):
+    model = build_model(case, shape, dtype=torch.bfloat16, precision="bf16")
+    model.train()
+    optimizer = torch.optim.AdamW(model.trainable().values(), lr=1e-3)
+    for _ in range(3):
+        loss = model.loss(batch(examples()))
+        loss.backward()
+        optimizer.step()
+    assert loss.isfinite()
+    assert all(p.dtype == torch.float32 and p.isfinite().all() for p in model.trainable().values())
+    assert model.score(batch(examples())).isfinite().all()
+    greedy(model, examples(), 3)
+
+
+def test_11_switched_off_it_is_the_bare_backbone(case: Case, shape: str):
+    model = build_model(case, shape)
+    bare = AdaptedModel(build_backbone(shape), None)
+    made = batch(examples())
+    adapted = model.score(made)
+    with model.disabled():
+        assert torch.equal(model.score(made), bare.score(made))
+        assert torch.equal(model.loss(made), bare.loss(made))
+        assert torch.equal(greedy(model, examples(), 4), greedy(bare, examples(), 4))
+    assert torch.equal(model.score(made), adapted)
+    assert (adapted - bare.score(made)).abs().max() > 1e-3
+    # And the bare model is transformers' own forward pass.
+    item = examples()[4]
+    ids = torch.tensor([[*item.instruction, *item.choices[2]]])
+    log_p = bare.lm(input_ids=ids).logits.log_softmax(-1)[0, :-1].gather(1, ids[0, 1:, None]).sum(1)
+    torch.testing.assert_close(bare.score(batch([item]))[0, 2], log_p[len(item.instruction) - 1 :].sum())
+
+
+def test_hooks_leave_other_users_of_the_backbone_alone(case: Case):
+    model = build_model(case, "llama")
+    if not isinstance(model.method, SoftPrompt):
+        pytest.skip("weight-space methods change the backbone by design")
+    ids = torch.tensor([[1, 5, 9, 4]])
+    bare = build_backbone("llama").lm(input_ids=ids).logits
+    model.score(batch(examples()))
+    model.train()
+    model.loss(batch(examples()))
+    assert torch.equal(model.lm(input_ids=ids).logits, bare)
+    model.detach()
+    assert not any(layer._forward_pre_hooks for layer in model.backbone.layers)
+
+
+def test_deepcopy_of_examples_is_not_needed():
+    """Verbs leave their batch as they found it."""
+    model, made = build_model(CASES[-1], "llama"), batch(examples())
+    kept = copy.deepcopy(made)
+    model.loss(made)
+    model.score(made)
+    model.generate(made, max_new_tokens=2)
+    assert all(torch.equal(getattr(made, f), getattr(kept, f)) for f in made.__dataclass_fields__)

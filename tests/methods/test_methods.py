@@ -1,0 +1,132 @@
+"""What is particular to one method; what holds for all of them is in tests/contracts."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from iapt.backbone import Backbone
+from iapt.errors import UserError
+from iapt.methods import METHODS, MethodConfig, MethodSpec, SoftPrompt, register
+from iapt.methods.iapt import IaptConfig
+from iapt.methods.idpg import IdpgConfig
+from iapt.methods.lora import LoraConfig
+from iapt.methods.prompt_tuning import PromptTuningConfig
+from iapt.model import AdaptedModel
+from tests.contracts.conftest import batch, build_backbone, examples
+
+
+@pytest.fixture(scope="module")
+def llama2_7b() -> Backbone:
+    """LLaMA-2 7B's shape without its weights."""
+    config = AutoConfig.for_model(
+        "llama",
+        hidden_size=4096,
+        intermediate_size=11008,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        vocab_size=32000,
+    )
+    with torch.device("meta"):
+        return Backbone("llama2_7b", AutoModelForCausalLM.from_config(config), None)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("bottleneck", "expected"),
+    # 32 (2 d r + 4 r) + 384: 83.93M at r = 320 ("83.9M" in MiLoRA's table), and smaller budgets
+    [(320, 83.93e6), (256, 67.1e6), (128, 33.6e6), (64, 16.8e6), (32, 8.4e6)],
+)
+def test_iapt_has_the_published_size(llama2_7b: Backbone, bottleneck: int, expected: float):
+    count = METHODS["iapt"].count(IaptConfig(name="iapt", bottleneck=bottleneck), llama2_7b)
+    assert count == pytest.approx(expected, rel=2e-3)
+
+
+def test_lora_has_the_published_size(llama2_7b: Backbone):
+    # r = 32 on the seven linear maps, 79.95M ("80.0M" in MiLoRA's table)
+    assert METHODS["lora"].count(LoraConfig(name="lora", rank=32), llama2_7b) == pytest.approx(79.95e6, rel=1e-3)
+
+
+def test_prompt_tuning_starts():
+    backbone = build_backbone("llama")
+    build = METHODS["prompt_tuning"].build
+    text = PromptTuningConfig(name="prompt_tuning", num_soft_tokens=5, init="text", init_text="w9 w4")
+    table = backbone.embeddings.weight
+    assert torch.equal(build(text, backbone).prompt, table[torch.tensor([9, 4, 9, 4, 9])])
+    vocabulary = build(PromptTuningConfig(name="prompt_tuning", num_soft_tokens=6, init="vocabulary"), backbone)
+    assert all((row == table).all(1).any() for row in vocabulary.prompt)
+    random = build(PromptTuningConfig(name="prompt_tuning", num_soft_tokens=200, init="random", init_std=0.3), backbone)
+    assert float(random.prompt.std()) == pytest.approx(0.3, rel=0.05)
+    empty = PromptTuningConfig(name="prompt_tuning", init="text", init_text=" ")
+    with pytest.raises(UserError, match="method.init_text"):
+        build(empty, backbone)
+    assert PromptTuningConfig(name="prompt_tuning", init="text").problems()
+
+
+def test_phm_width_is_checked():
+    with pytest.raises(UserError, match=r"method.phm_n = 12.*width 32"):
+        METHODS["idpg"].build(IdpgConfig(name="idpg", bottleneck=12, phm_n=12), build_backbone("llama"))
+    assert IdpgConfig(name="idpg", bottleneck=10, phm_n=16).problems()
+
+
+def test_lora_without_a_target_is_refused():
+    with pytest.raises(UserError, match="method.target_modules"):
+        METHODS["lora"].build(LoraConfig(name="lora", target_modules=["nope"]), build_backbone("llama"))
+
+
+def test_after_the_instruction_no_prefix_state_needs_gradient(monkeypatch: pytest.MonkeyPatch):
+    """The frozen prefix: with soft tokens behind it, the instruction runs without gradient and is not run again."""
+    backbone = build_backbone("llama")
+    for position, expected in (("after_instruction", False), ("before_instruction", True)):
+        config = IaptConfig(name="iapt", bottleneck=8, position=position)
+        model = AdaptedModel(backbone, METHODS["iapt"].build(config, backbone))
+        widths: list[tuple[int, bool]] = []
+        handle = backbone.layers[1].register_forward_hook(
+            lambda m, args, output, seen=widths: seen.append((output.shape[1], output.requires_grad))
+        )
+        made = batch(examples())
+        model.loss(made)
+        handle.remove()
+        model.detach()
+        columns, response = made.instruction_ids.shape[1], made.response_ids.shape[1]
+        if expected:
+            assert widths == [(4 + columns + response - 1, True)]
+        else:
+            assert widths == [(columns, False), (4 + 1 + response - 1, True)]
+
+
+def test_logits_are_computed_for_response_positions_only():
+    backbone = build_backbone("llama")
+    model = AdaptedModel(backbone, None)
+    rows: list[int] = []
+    backbone.lm.lm_head.register_forward_hook(lambda m, args, output: rows.append(output.shape[1]))
+    made = batch(examples())
+    model.loss(made)
+    model.score(made)
+    assert rows == [made.response_ids.shape[1]] + [made.choice_ids.shape[2]] * 3
+
+
+def test_a_method_can_come_from_outside():
+    """A dummy method, registered here, walks the same road: engine, verbs, saving."""
+
+    class Constant(SoftPrompt):
+        def __init__(self, width: int) -> None:
+            super().__init__()
+            self.num_soft_tokens, self.position, self.reads = 2, "before_instruction", "nothing"
+            self.value = torch.nn.Parameter(torch.ones(2, width))
+
+        def forward(self, layer, states, mask, previous):
+            return self.value.expand(len(states), -1, -1)
+
+    spec = MethodSpec(MethodConfig, lambda c, b: Constant(b.hidden_size), lambda c, b: 2 * b.hidden_size)
+    register("constant_for_test", spec)
+    try:
+        backbone = build_backbone("gpt2")
+        model = AdaptedModel(backbone, METHODS["constant_for_test"].build(MethodConfig(), backbone))
+        model.loss(batch(examples())).backward()
+        assert model.score(batch(examples())).shape == (5, 3)
+        assert list(model.adapter_state()) == ["value"]
+        with pytest.raises(ValueError, match="registered twice"):
+            register("constant_for_test", spec)
+    finally:
+        del METHODS["constant_for_test"]

@@ -1,0 +1,122 @@
+"""Metrics against values worked out by hand, and their behaviour offline and side by side."""
+
+from __future__ import annotations
+
+import math
+import socket
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import evaluate
+import pytest
+import sacrebleu
+
+from iapt.errors import UserError
+from iapt.metrics import CLASSIFICATION, GENERATION, METRICS, check, compute
+
+
+def test_accuracy() -> None:
+    assert compute(["accuracy"], [0, 1, 1, 0], [0, 1, 0, 0]) == {"accuracy": 0.75}
+
+
+def test_macro_f1() -> None:
+    # label 0: precision 1, recall 1/2; label 1: precision 2/3, recall 1
+    assert compute(["f1"], [0, 1, 1, 1], [0, 0, 1, 1])["f1"] == pytest.approx((2 / 3 + 4 / 5) / 2)
+
+
+def test_an_answer_that_is_no_label_is_wrong_but_no_class() -> None:
+    values = compute(["accuracy", "f1"], [0, -1, 1, 1], [0, 0, 1, 1])
+    assert values["accuracy"] == 0.75
+    assert values["f1"] == pytest.approx((2 / 3 + 1) / 2)
+
+
+def test_bleu_by_hand() -> None:
+    value = compute(["bleu"], ["a b c d e"], [["a b c d f"]])["bleu"]
+    assert value == pytest.approx((4 / 5 * 3 / 4 * 2 / 3 * 1 / 2) ** 0.25)
+    short = compute(["bleu"], ["a b c d"], [["a b c d e"]])["bleu"]
+    assert short == pytest.approx(math.exp(1 - 5 / 4))
+
+
+def test_bleu_takes_another_number_of_references_for_each() -> None:
+    predictions = ["the cat is on the mat", "he sat down at once"]
+    references = [["a cat sat there", "the cat is on the mat", "cat on mat"], ["he sat down right away"]]
+    values = compute(["bleu"], predictions, references)
+    streams = [
+        ["a cat sat there", "he sat down right away"],
+        ["the cat is on the mat", None],
+        ["cat on mat", None],
+    ]
+    assert values["bleu"] == pytest.approx(sacrebleu.corpus_bleu(predictions, streams).score / 100)
+    assert values["bleu"] > compute(["bleu"], predictions, [r[:1] for r in references])["bleu"]
+    # n-grams of order 1 to 4 found: 6 + 3 of 11, 5 + 2 of 9, 4 + 1 of 7, 3 + 0 of 5; lengths 11 = 6 + 5
+    assert values["bleu"] == pytest.approx((9 / 11 * 7 / 9 * 5 / 7 * 3 / 5) ** 0.25)
+    assert values["bleu_signature"].startswith("nrefs:var|case:mixed|")
+    assert f"version:{sacrebleu.__version__}" in values["bleu_signature"]
+
+
+def test_rouge_l_takes_the_best_reference() -> None:
+    # longest common subsequence 2 of 3 and 4 words: F = 2 * 2 / (3 + 4)
+    assert compute(["rouge_l"], ["the cat sat"], [["the cat ran fast"]])["rouge_l"] == pytest.approx(4 / 7)
+    values = compute(["rouge_l"], ["the cat sat", "no"], [["a dog", "the cat ran fast"], ["no"]])
+    assert values["rouge_l"] == pytest.approx((4 / 7 + 1) / 2)
+
+
+def test_exact_match() -> None:
+    values = compute(["exact_match"], [" a b", "c", ""], [["x", "a b "], ["C"], ["d"]])
+    assert values == {"exact_match": pytest.approx(1 / 3)}
+
+
+def test_an_empty_prediction_scores_nothing() -> None:
+    values = compute(["bleu", "rouge_l", "exact_match"], [""], [["a b c d e"]])
+    assert (values["bleu"], values["rouge_l"], values["exact_match"]) == (0, 0, 0)
+
+
+def test_references_may_be_tuples_and_values_keep_their_order() -> None:
+    values = compute(["rouge_l", "bleu"], ["a b c d"], [("a b c d", "e")])
+    assert list(values) == ["rouge_l", "bleu", "bleu_signature"]
+    assert values["bleu"] == pytest.approx(1)
+
+
+def test_every_metric_is_an_evaluate_metric_of_one_kind() -> None:
+    for metric in METRICS.values():
+        assert issubclass(metric, evaluate.Metric)
+        assert metric.kind in (CLASSIFICATION, GENERATION)
+
+
+def test_unknown_metric() -> None:
+    with pytest.raises(UserError, match=r"unknown metric 'blue'; did you mean 'bleu'\? known: accuracy, bleu"):
+        check(["blue"], GENERATION)
+
+
+@pytest.mark.parametrize(
+    ("name", "predictions", "references", "allowed"),
+    [("bleu", [0, 1], [0, 1], "accuracy, f1"), ("accuracy", ["a"], [["a"]], "bleu, rouge_l, exact_match")],
+)
+def test_metric_of_the_wrong_kind(name: str, predictions: Any, references: Any, allowed: str) -> None:
+    with pytest.raises(UserError, match=rf"'{name}' is a metric of .* allowed are {allowed}$"):
+        compute([name], predictions, references)
+
+
+@pytest.mark.parametrize(("predictions", "references"), [([], []), ([1], [1, 0])])
+def test_lengths_must_agree(predictions: list[int], references: list[int]) -> None:
+    with pytest.raises(ValueError, match="predictions and"):
+        compute(["accuracy"], predictions, references)
+
+
+def test_no_network_and_nothing_left_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(socket.socket, "connect", lambda *a: pytest.fail("went to the network"))
+    monkeypatch.setattr(evaluate.config, "HF_METRICS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr("tempfile.tempdir", None)
+    compute(["accuracy", "f1"], [0, 1], [0, 1])
+    compute(["bleu", "rouge_l", "exact_match"], ["a b"], [["a b"]])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_side_by_side() -> None:
+    def one(i: int) -> float:
+        return float(compute(["accuracy"], [0] * i + [1] * (20 - i), [0] * 20)["accuracy"])
+
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(one, range(20))) == [i / 20 for i in range(20)]

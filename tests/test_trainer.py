@@ -1,0 +1,148 @@
+"""The loop: what a step is, when it stops, and that an interrupted run ends as an uninterrupted one."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+
+from iapt.config import TrainerConfig
+from iapt.errors import TrainingError, UserError
+from iapt.tracking import Tracker
+from iapt.trainer import Trainer, TrainResult, protocol_batch_size
+from tests.contracts.conftest import Case, build_model, examples
+
+IAPT = Case("iapt", {"bottleneck": 8})
+PROMPT = Case("prompt_tuning")
+ITEMS = examples(22)
+
+
+def make(folder: Path, *, accumulation: int = 1, case: Case = IAPT, **settings: Any) -> Trainer:
+    folder.mkdir(exist_ok=True)
+    accelerator = Accelerator(cpu=True)
+    defaults = {"max_steps": 12, "batch_size": 8, "eval_every": 4, "learning_rate": 5e-3, "log_every": 1}
+    config = TrainerConfig(**{**defaults, **settings})
+    model = build_model(case, "llama")
+    if case.method == "idpg":
+        for module in model.method.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.3
+    tracker = Tracker(folder, accelerator, "test")
+    torch.manual_seed(5)
+    return Trainer(
+        model, config, accelerator, ITEMS, examples(9, seed=8),
+        seed=1, folder=folder, tracker=tracker, gradient_accumulation=accumulation,
+    )  # fmt: skip
+
+
+def curve(folder: Path, key: str = "train_loss") -> list[tuple[int, float]]:
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [(r["step"], r[key]) for r in records if key in r]
+
+
+def test_training_lowers_the_loss_and_keeps_the_best(tmp_path: Path):
+    trainer = make(tmp_path, max_steps=40, log_every=10)
+    result = trainer.run()
+    losses = dict(curve(tmp_path, "dev_loss"))
+    assert result.steps == 40
+    assert list(losses) == [0, *range(4, 41, 4)]
+    assert result.best_dev_loss == min(losses.values()) < losses[0]
+    assert losses[result.best_step] == result.best_dev_loss
+    assert all(torch.equal(t, result.best[k]) for k, t in trainer.model.adapter_state().items())
+
+
+def test_step_zero_wins_if_training_brings_nothing(tmp_path: Path):
+    result = make(tmp_path, learning_rate=1e-30, max_steps=8, case=PROMPT).run()
+    assert result.best_step == 0
+
+
+def test_patience_stops_the_run(tmp_path: Path):
+    result = make(tmp_path, learning_rate=1e-30, max_steps=100, patience=2, case=PROMPT).run()
+    assert result.steps == 8
+
+
+def test_schedule_is_linear_with_warmup(tmp_path: Path):
+    make(tmp_path, max_steps=20, warmup_ratio=0.2, eval_every=20).run()
+    rates = [rate for _, rate in curve(tmp_path, "learning_rate")]
+    expected = [5e-3 * min(step / 4, (20 - step) / 16) for step in range(20)]
+    assert rates == pytest.approx(expected)
+
+
+def test_own_rates_make_their_own_group(tmp_path: Path):
+    groups = make(tmp_path, weight_decay=0.1).groups
+    assert [(g["initial_lr"], g["weight_decay"]) for g in groups] == [(5e-3, 0.1), (1e-4, 0.0)]
+    assert sum(len(g["params"]) for g in groups) == 3 * 3 + 2 * 3  # three matrices, two coefficient vectors a layer
+
+
+@pytest.mark.parametrize("accumulation", [2, 3, 8])
+def test_accumulated_gradients_equal_one_pass(tmp_path: Path, accumulation: int):
+    plain = make(tmp_path / "plain").run()
+    parts = make(tmp_path / "parts", accumulation=accumulation).run()
+    assert dict(curve(tmp_path / "parts")) == pytest.approx(dict(curve(tmp_path / "plain")), rel=1e-4)
+    assert parts.best_dev_loss == pytest.approx(plain.best_dev_loss, rel=1e-4)
+
+
+# Dropout in one of them: the random state has to be resumed as well.
+@pytest.mark.parametrize("case", [IAPT, Case("idpg", {"phm_n": 4})], ids=lambda c: c.method)
+@pytest.mark.parametrize("killed_at", [3, 6, 11])
+def test_resumed_equals_uninterrupted(tmp_path: Path, case: Case, killed_at: int):
+    def finish(folder: Path) -> TrainResult:
+        return make(folder, case=case).run(resume=True)
+
+    whole = make(tmp_path / "whole", case=case).run()
+    interrupted = make(tmp_path / "resumed", case=case)
+    original = interrupted._train_step
+
+    def die() -> None:
+        if interrupted.step == killed_at:
+            raise KeyboardInterrupt
+        original()
+
+    interrupted._train_step = die  # type: ignore[method-assign]
+    with pytest.raises(KeyboardInterrupt):
+        interrupted.run()
+    torch.manual_seed(999)
+    result = finish(tmp_path / "resumed")
+    assert (result.steps, result.best_step) == (whole.steps, whole.best_step)
+    assert all(torch.equal(result.best[k], v) for k, v in whole.best.items())
+    for key in ("train_loss", "dev_loss", "learning_rate"):
+        assert curve(tmp_path / "resumed", key) == curve(tmp_path / "whole", key)
+
+
+def test_state_disappears_with_the_end(tmp_path: Path):
+    trainer = make(tmp_path)
+    trainer.run()
+    assert (tmp_path / "state" / "latest.pt").exists()
+    trainer.finish()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["metrics.jsonl"]
+
+
+def test_damaged_state_is_a_clear_error(tmp_path: Path):
+    make(tmp_path).run()
+    (tmp_path / "state" / "latest.pt").write_bytes(b"not a checkpoint")
+    with pytest.raises(UserError, match=r"latest\.pt: cannot be read"):
+        make(tmp_path).run(resume=True)
+
+
+def test_nan_loss_stops_training_with_a_word(tmp_path: Path):
+    trainer = make(tmp_path)
+    original = trainer._train_step
+
+    def poison() -> None:
+        if trainer.step == 2:
+            with torch.no_grad():
+                trainer.parameters[0].fill_(math.nan)
+        original()
+
+    trainer._train_step = poison  # type: ignore[method-assign]
+    with pytest.raises(TrainingError, match="loss is nan at step 3"):
+        trainer.run()
+
+
+def test_protocol_batch_size():
+    assert (protocol_batch_size(9_999), protocol_batch_size(10_000)) == (16, 128)
