@@ -12,11 +12,7 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.metadata
 import json
-import platform
-import resource
-import subprocess
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +32,7 @@ from iapt.evaluate import evaluate as evaluate_split
 from iapt.hardware import check_hardware
 from iapt.methods import METHODS, SoftPrompt
 from iapt.model import AdaptedModel
+from iapt.provenance import circumstances
 from iapt.tasks import Task, build_task
 from iapt.tracking import Tracker
 from iapt.trainer import Trainer
@@ -130,7 +127,7 @@ def evaluate(checkpoint: Path, folder: Path, overrides: dict[str, Any], split: s
         "metrics": {split: result.values},
         "status": "ok",
         "eval_seconds": round(time.perf_counter() - start, 3),
-        **_circumstances(parts),
+        **circumstances(parts.accelerator),
     }
     if parts.accelerator.is_main_process:
         _write_predictions(folder, result.predictions)
@@ -234,7 +231,7 @@ def _run(config: Config, folder: Path) -> dict[str, Any]:
         "train_seconds": round(result.seconds, 3),
         "tokens_per_second": round(result.tokens_per_second, 1),
         "status": "ok",
-        **_circumstances(parts),
+        **circumstances(parts.accelerator),
     }
     tracker.log(result.steps, {f"{split}_{metric}": summary[split] for split in ("dev", "test")})
     if accelerator.is_main_process:
@@ -278,38 +275,6 @@ def _identity(config: Config, parts: Parts) -> dict[str, Any]:
         "template_hash": parts.task.template_hash,
         "data_fingerprint": parts.task.fingerprint,
     }
-
-
-def _circumstances(parts: Parts) -> dict[str, Any]:
-    device = parts.accelerator.device
-    if device.type == "cuda":
-        peak, name = torch.cuda.max_memory_allocated(device), torch.cuda.get_device_name(device)
-    else:
-        # Kilobytes everywhere but on macOS.
-        unit = 1 if platform.system() == "Darwin" else 1024
-        peak, name = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit, platform.machine()
-    packages = ("iapt", "torch", "transformers", "peft", "accelerate", "datasets")
-    return {
-        "peak_memory_bytes": peak,
-        "device": name,
-        "num_processes": parts.accelerator.num_processes,
-        "versions": {"python": platform.python_version()} | {p: importlib.metadata.version(p) for p in packages},
-        "git": _git(),
-    }
-
-
-def _git() -> str | None:
-    """The commit of the checkout this package runs from, `-dirty` behind it if it has changes."""
-    root = Path(__file__).parent.parent
-    if not (root / ".git").exists():
-        return None
-    try:
-        return subprocess.run(
-            ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"],
-            capture_output=True, text=True, check=True,
-        ).stdout.strip()  # fmt: skip
-    except (OSError, subprocess.CalledProcessError):
-        return None
 
 
 def _write_predictions(folder: Path, predictions: list[dict[str, Any]]) -> None:

@@ -17,10 +17,9 @@ In the second layout a generator reads all n states of that first, bare pass; x_
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -30,6 +29,7 @@ from transformers import DynamicCache
 
 from iapt.backbone import Backbone
 from iapt.batch import Batch
+from iapt.hooks import LayerHooks, Plan
 from iapt.methods import Method, SoftPrompt, WeightMethod
 
 
@@ -46,17 +46,6 @@ class Prefix:
     cache: DynamicCache
     mask: Tensor
     last_ids: Tensor
-
-
-@dataclass
-class _Plan:
-    """What the layer hooks do during one pass: write soft tokens into `slots`, or record the layers' inputs."""
-
-    mask: Tensor  # (B, N) of the instruction
-    slots: slice | None = None
-    columns: slice | None = None  # where this pass holds the instruction's states ...
-    states: Sequence[Tensor] = ()  # ... unless they are given, one (B, N, d) a layer
-    record: list[Tensor] | None = None
 
 
 class AdaptedModel(nn.Module):
@@ -85,13 +74,11 @@ class AdaptedModel(nn.Module):
         self._autocast = torch.bfloat16 if precision == "bf16" else None
         self._checkpointing = activation_checkpointing
         self._active = True
-        self._plan: _Plan | None = None
-        self._hooks = [
-            layer.register_forward_pre_hook(partial(self._before_layer, index), with_kwargs=True)
-            for index, layer in enumerate(backbone.layers)
-        ]
+        self._hooks = LayerHooks(backbone.layers, self.method)
         if activation_checkpointing:
-            self.lm.activation_checkpointing_enable({"use_reentrant": False})
+            # transformers renamed it within the range of versions that we allow.
+            old, new = "gradient_checkpointing_enable", "activation_checkpointing_enable"
+            getattr(self.lm, new if hasattr(self.lm, new) else old)({"use_reentrant": False})
         self.train(False)
 
     # -- what is trained ----------------------------------------------------------------------------------
@@ -143,8 +130,7 @@ class AdaptedModel(nn.Module):
 
     def detach(self) -> None:
         """Take the hooks off the backbone. The object is of no use afterwards."""
-        for hook in self._hooks:
-            hook.remove()
+        self._hooks.remove()
 
     # -- the three verbs ----------------------------------------------------------------------------------
 
@@ -288,18 +274,18 @@ class AdaptedModel(nn.Module):
         shape = len(batch.instruction_ids), prompt.num_soft_tokens, self.backbone.hidden_size
         return torch.zeros(shape, dtype=self.lm.dtype, device=self.lm.device)
 
-    def _plan_before(self, prompt: SoftPrompt, batch: Batch) -> tuple[_Plan, Tensor]:
+    def _plan_before(self, prompt: SoftPrompt, batch: Batch) -> tuple[Plan, Tensor]:
         mask, s = batch.instruction_mask, prompt.num_soft_tokens
         if prompt.reads == "encoding":
-            plan = _Plan(mask, slots=slice(0, s), states=self._read(batch, None, prompt.reads))
+            plan = Plan(mask, slots=slice(0, s), states=self._read(batch, None, prompt.reads))
         else:
-            plan = _Plan(mask, slots=slice(0, s), columns=slice(s, s + mask.shape[1]))
+            plan = Plan(mask, slots=slice(0, s), columns=slice(s, s + mask.shape[1]))
         return plan, self._blank(prompt, batch)
 
-    def _plan_after(self, prompt: SoftPrompt, batch: Batch, cache: DynamicCache | None) -> tuple[_Plan, Tensor]:
+    def _plan_after(self, prompt: SoftPrompt, batch: Batch, cache: DynamicCache | None) -> tuple[Plan, Tensor]:
         """Run the bare instruction, filling `cache`; then the soft columns come first in the next pass."""
         states = self._read(batch, cache, prompt.reads)
-        return _Plan(batch.instruction_mask, slots=slice(0, prompt.num_soft_tokens), states=states), self._blank(
+        return Plan(batch.instruction_mask, slots=slice(0, prompt.num_soft_tokens), states=states), self._blank(
             prompt, batch
         )
 
@@ -307,7 +293,7 @@ class AdaptedModel(nn.Module):
     def _read(self, batch: Batch, cache: DynamicCache | None, reads: str) -> list[Tensor]:
         """The frozen prefix: the instruction through the bare backbone; what a generator will read of it."""
         record: list[Tensor] = []
-        plan = _Plan(batch.instruction_mask, record=record if reads == "layers" else None)
+        plan = Plan(batch.instruction_mask, record=record if reads == "layers" else None)
         embeds = self.backbone.embed(batch.instruction_ids)
         last = self._run(embeds, batch.instruction_mask, cache, plan=plan)
         return record if reads == "layers" else [last] * self.backbone.num_layers
@@ -319,7 +305,7 @@ class AdaptedModel(nn.Module):
         cache: DynamicCache | None = None,
         *,
         keep: int = 0,
-        plan: _Plan | None = None,
+        plan: Plan | None = None,
     ) -> Tensor:
         """One pass: embeds (B, Q, d) are the last Q of mask's (B, C + Q) columns, the cache holds the others.
 
@@ -333,7 +319,7 @@ class AdaptedModel(nn.Module):
             "past_key_values": cache,
             "use_cache": cache is not None,
         }
-        self._plan = plan
+        self._hooks.plan = plan
         try:
             if keep:
                 return self.lm(**inputs, logits_to_keep=keep).logits
@@ -341,28 +327,7 @@ class AdaptedModel(nn.Module):
         finally:
             # Activation checkpointing runs the hooks once more in the backward pass; then it must still be there.
             if not (self._checkpointing and torch.is_grad_enabled()):
-                self._plan = None
-
-    def _before_layer(
-        self, index: int, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        plan = self._plan
-        if plan is None:
-            return None
-        hidden: Tensor = args[0] if args else kwargs["hidden_states"]
-        if plan.record is not None:
-            plan.record.append(hidden)
-            return None
-        if plan.slots is None:
-            return None
-        assert isinstance(self.method, SoftPrompt)
-        states = hidden[:, plan.columns] if plan.columns else plan.states[index]
-        soft = self.method(index, states, plan.mask, hidden[:, plan.slots])
-        if soft is None:
-            return None
-        before, after = hidden[:, : plan.slots.start], hidden[:, plan.slots.stop :]
-        hidden = torch.cat([before, soft.to(hidden.dtype), after], 1)
-        return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
+                self._hooks.plan = None
 
     def _precision(self) -> AbstractContextManager[Any]:
         return torch.autocast(self.lm.device.type, self._autocast) if self._autocast else nullcontext()

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -81,7 +81,7 @@ class Trainer:
         folder: Path,
         tracker: Tracker,
         gradient_accumulation: int = 1,
-        on_best: Any = None,
+        on_best: Callable[[dict[str, Tensor], int], None] | None = None,
     ) -> None:
         self.model, self.config, self.accelerator, self.tracker = model, config, accelerator, tracker
         self.train_items, self.dev_items = train, dev
