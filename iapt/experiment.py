@@ -92,7 +92,8 @@ def evaluate(checkpoint: Path, folder: Path, overrides: dict[str, Any], split: s
     refuse_finished(folder)
     tensors, meta = load_adapter(checkpoint)
     # A named task or backbone replaces the run's own; single settings are laid over it.
-    kept = {k: v for k, v in meta["config"].items() if "name" not in (overrides.get(k) or {})}
+    replaced = {key for key, value in overrides.items() if isinstance(value, dict) and "name" in value}
+    kept = {key: value for key, value in meta["config"].items() if key not in replaced}
     config: Config = load_config(OmegaConf.merge(kept, overrides))  # type: ignore[arg-type]
     # However many processes trained it, one scores it.
     hardware = dataclasses.replace(config.hardware, num_processes=1, strategy="ddp")

@@ -92,6 +92,10 @@ def test_another_task_by_override(done: tuple[Path, dict[str, Any]], tmp_path: P
     summary = experiment.evaluate(done[0], tmp_path / "eval", {"task": other})
     assert summary["task"] == "toy/sentiment"
     assert summary["template_hash"] != done[1]["template_hash"]
+    # A named task replaces the run's whole task, limits included; a single setting is laid over it.
+    assert len((tmp_path / "eval" / "predictions.jsonl").read_text().splitlines()) == 400
+    experiment.evaluate(done[0], tmp_path / "few", {"seed": 1, "task": {"max_eval_examples": 7}})
+    assert len((tmp_path / "few" / "predictions.jsonl").read_text().splitlines()) == 7
 
 
 def test_a_different_backbone_is_refused(done: tuple[Path, dict[str, Any]], tmp_path: Path):
