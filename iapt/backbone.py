@@ -98,11 +98,9 @@ class Backbone:
         if getattr(self.lm, "is_quantized", False):
             return None
         digest = hashlib.sha256()
-        for name, parameter in sorted(self.lm.named_parameters()):
+        for _, parameter in sorted(self.lm.named_parameters()):
             if parameter.is_meta:
                 return None
-            if "lora_" in name:
-                continue
             flat = parameter.detach().flatten()
             sample = flat[:: max(1, flat.numel() // 64)][:64].to(torch.bfloat16).float().cpu()
             digest.update(sample.numpy().tobytes())

@@ -47,6 +47,7 @@ class Parts:
     accelerator: Accelerator
     task: Task
     backbone: Backbone
+    backbone_identity: dict[str, Any]  # taken before a method or sharding changes the backbone's modules
     model: AdaptedModel
     items: dict[str, list[Encoded]]
     notes: list[str]
@@ -100,7 +101,7 @@ def evaluate(checkpoint: Path, folder: Path, overrides: dict[str, Any], split: s
     config = dataclasses.replace(config, hardware=hardware)
     check_hardware(config)
     parts = build(config)
-    check_backbone(parts.backbone.identity(), meta["backbone"], checkpoint)
+    check_backbone(parts.backbone_identity, meta["backbone"], checkpoint)
     try:
         parts.model.load_adapter_state(tensors)
     except ValueError as error:
@@ -147,6 +148,7 @@ def build(config: Config) -> Parts:
     backbone = build_backbone(
         config.backbone, precision=hardware.precision, attention=hardware.attention, device=accelerator.device
     )
+    identity = backbone.identity()
     # Seeded again: how many numbers building a random backbone draws must not move the adapter's start.
     set_seed(config.seed)
     method = METHODS[config.method.name].build(config.method, backbone)
@@ -161,7 +163,7 @@ def build(config: Config) -> Parts:
     items, notes = _encode(config, task, backbone, method.num_soft_tokens if isinstance(method, SoftPrompt) else 0)
     if accelerator.num_processes > 1:  # from here on random numbers are dropout's, each rank's its own
         set_seed(config.seed, device_specific=True)
-    return Parts(accelerator, task, backbone, model, items, notes)
+    return Parts(accelerator, task, backbone, identity, model, items, notes)
 
 
 def _run(config: Config, folder: Path) -> dict[str, Any]:
@@ -174,7 +176,7 @@ def _run(config: Config, folder: Path) -> dict[str, Any]:
     identity = _identity(config, parts)
     meta = {
         "method": to_dict(config.method),
-        "backbone": parts.backbone.identity(),
+        "backbone": parts.backbone_identity,
         "template_hash": task.template_hash,
         "trainable_params": identity["trainable_params"],
         "config": to_dict(config),

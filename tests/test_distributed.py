@@ -75,10 +75,14 @@ def test_two_processes_equal_one(tmp_path: Path, method: str, strategy: str, pos
 
 
 @pytest.mark.skipif(cores() < 2, reason="two processes need two cores")
-def test_two_processes_equal_one_from_config_to_summary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize(("toy", "method", "strategy"), [("entailment", "iapt", "ddp"), ("describe", "lora", "fsdp")])
+def test_two_processes_equal_one_from_config_to_summary(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, toy: str, method: str, strategy: str
+):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    one = launch(config(), tmp_path / "one")
-    two = launch(config(hardware={"device": "cpu", "num_processes": 2}), tmp_path / "two")
+    one = launch(config(toy, method), tmp_path / "one")
+    hardware = {"device": "cpu", "num_processes": 2, "strategy": strategy}
+    two = launch(config(toy, method, hardware=hardware), tmp_path / "two")
     assert (one["num_processes"], two["num_processes"]) == (1, 2)
     for key in ("train_loss", "dev_loss"):
         assert dict(curve(tmp_path / "two", key)) == pytest.approx(dict(curve(tmp_path / "one", key)), rel=1e-4)
