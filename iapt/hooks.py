@@ -19,7 +19,7 @@ class Plan:
 
     Attributes:
         mask: (B, N) bool, the instruction's.
-        slots: the columns of this pass that soft tokens are written into; None writes nothing.
+        slots: the columns of this pass that soft tokens are written into.
         columns: where this pass holds the instruction's states; None if `states` gives them.
         states: the instruction's states, one (B, N, d) a layer.
         record: every layer's input is appended here; nothing is written then.
@@ -63,9 +63,8 @@ class LayerHooks:
         if plan.record is not None:
             plan.record.append(hidden)
             return None
-        if plan.slots is None:
-            return None
         assert isinstance(self._method, SoftPrompt)
+        assert plan.slots is not None
         states = hidden[:, plan.columns] if plan.columns else plan.states[index]
         soft = self._method(index, states, plan.mask, hidden[:, plan.slots])
         if soft is None:

@@ -17,11 +17,11 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
-import psutil  # type: ignore[import-untyped]
+import psutil
 import torch
-import yaml  # type: ignore[import-untyped]
+import yaml
 
-from iapt.checkpoint import SUMMARY, read_summary, refuse_finished, write_json
+from iapt.checkpoint import STATE, SUMMARY, read_summary, refuse_finished, write_json
 from iapt.config import Config, to_dict
 from iapt.errors import ConfigError, TrainingError, UserError
 from iapt.hardware import check_hardware, cores
@@ -29,7 +29,6 @@ from iapt.hardware import check_hardware, cores
 log = logging.getLogger(__name__)
 
 CONFIG_FILE = "config.yaml"
-STATE_FOLDER = "state"  # what the trainer resumes from; there only while a run is unfinished
 # What may change between a run and its continuation without changing what is computed.
 MAY_DIFFER = ("resume", "hardware", "tracking", "trainer.log_every", "trainer.eval_batch_size")
 SECONDS_TO_STOP = 20.0
@@ -53,7 +52,7 @@ def launch(config: Config, folder: Path, *, own_process: bool = False) -> dict[s
         log.info("%s: already finished, nothing to do", folder)
         return finished
     config = _with_absolute_paths(config)
-    if (folder / STATE_FOLDER).exists():
+    if (folder / STATE).parent.exists():  # there only while a run is unfinished
         if not config.resume:
             raise UserError(
                 f"{folder} holds an interrupted run; nothing was changed. Give resume=true to continue it, "

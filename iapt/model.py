@@ -285,15 +285,14 @@ class AdaptedModel(nn.Module):
     def _plan_after(self, prompt: SoftPrompt, batch: Batch, cache: DynamicCache | None) -> tuple[Plan, Tensor]:
         """Run the bare instruction, filling `cache`; then the soft columns come first in the next pass."""
         states = self._read(batch, cache, prompt.reads)
-        return Plan(batch.instruction_mask, slots=slice(0, prompt.num_soft_tokens), states=states), self._blank(
-            prompt, batch
-        )
+        plan = Plan(batch.instruction_mask, slots=slice(0, prompt.num_soft_tokens), states=states)
+        return plan, self._blank(prompt, batch)
 
     @torch.no_grad()
     def _read(self, batch: Batch, cache: DynamicCache | None, reads: str) -> list[Tensor]:
         """The frozen prefix: the instruction through the bare backbone; what a generator will read of it."""
         record: list[Tensor] = []
-        plan = Plan(batch.instruction_mask, record=record if reads == "layers" else None)
+        plan = Plan(batch.instruction_mask, record=record) if reads == "layers" else None
         embeds = self.backbone.embed(batch.instruction_ids)
         last = self._run(embeds, batch.instruction_mask, cache, plan=plan)
         return record if reads == "layers" else [last] * self.backbone.num_layers

@@ -13,7 +13,7 @@ import sys
 import traceback
 from pathlib import Path
 
-import yaml  # type: ignore[import-untyped]
+import yaml
 
 from iapt import launch
 from iapt.config import load_config
