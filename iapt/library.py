@@ -28,8 +28,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from iapt.backbone import Backbone
 from iapt.batch import Batch, collate, encode_examples
+from iapt.check import method_config
 from iapt.checkpoint import check_backbone, load_adapter
-from iapt.config import method_config, to_dict
+from iapt.config import to_dict
 from iapt.errors import UserError
 from iapt.methods import MethodConfig, WeightMethod, spec_of
 from iapt.model import AdaptedModel

@@ -15,8 +15,9 @@ from torch import Tensor
 
 from iapt.backbone import build_backbone
 from iapt.batch import Batch, Encoded, Ids, collate
+from iapt.check import load_config
 from iapt.checkpoint import check_backbone, load_adapter
-from iapt.config import Config, load_config
+from iapt.config import Config
 from iapt.errors import UserError
 from iapt.hardware import check_hardware
 from iapt.methods import SoftPrompt, spec_of

@@ -19,7 +19,7 @@ from pathlib import Path
 import yaml
 
 from iapt import launch
-from iapt.config import load_config
+from iapt.check import load_config
 from iapt.errors import TrainingError, UserError
 from iapt.sweep import share
 

@@ -19,8 +19,8 @@ from typing import Any
 
 from hydra import compose, initialize_config_dir
 
+from iapt.check import load_config
 from iapt.checkpoint import read_summary
-from iapt.config import load_config
 from iapt.experiment import run
 from iapt.paths import CONFIG_DIR
 

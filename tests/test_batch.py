@@ -15,7 +15,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from iapt.batch import Batch, Encoded, collate, encode_examples, evaluation_batches, training_batches
-from iapt.config import TaskConfig, load_config
+from iapt.check import load_config
+from iapt.config import TaskConfig
 from iapt.errors import UserError
 from iapt.paths import CONFIG_DIR
 from iapt.tasks import Example, build_task

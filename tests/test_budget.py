@@ -12,7 +12,8 @@ from omegaconf import OmegaConf
 
 from iapt.backbone import Backbone
 from iapt.budget import fit_to_budget, parse_budget
-from iapt.config import Config, load_config
+from iapt.check import load_config
+from iapt.config import Config
 from iapt.errors import ConfigError, UserError
 from iapt.methods import METHODS, MethodConfig, MethodSpec, SizeKnob, register, spec_of
 from iapt.paths import CONFIG_DIR

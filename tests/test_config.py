@@ -3,7 +3,8 @@
 import pytest
 from omegaconf import OmegaConf
 
-from iapt.config import Config, load_config, to_dict, unknown_keys
+from iapt.check import load_config, unknown_keys
+from iapt.config import Config, to_dict
 from iapt.errors import ConfigError
 
 GOOD = {"task": {"name": "t", "template": "{x}"}, "method": {"name": "iapt"}}

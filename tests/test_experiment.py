@@ -12,7 +12,8 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from iapt import experiment
-from iapt.config import Config, load_config
+from iapt.check import load_config
+from iapt.config import Config
 from iapt.errors import TrainingError, UserError
 from iapt.methods import METHODS, MethodConfig, MethodSpec, SoftPrompt, register
 

@@ -14,7 +14,8 @@ import torch
 
 from iapt import experiment
 from iapt.backbone import Backbone, build_backbone
-from iapt.config import BackboneConfig, method_config
+from iapt.check import method_config
+from iapt.config import BackboneConfig
 from iapt.errors import ConfigError, UserError
 from iapt.harness import HarnessConfig, evaluate, problems
 from iapt.methods import spec_of

@@ -17,8 +17,9 @@ import torch
 import yaml
 from omegaconf import OmegaConf
 
+from iapt.check import load_config
 from iapt.checkpoint import read_summary
-from iapt.config import Config, load_config, to_dict
+from iapt.config import Config, to_dict
 from iapt.errors import ConfigError, TrainingError, UserError
 from iapt.hardware import check_hardware, cores
 from iapt.launch import launch, record_failure
@@ -272,7 +273,7 @@ def test_an_interrupted_parent_leaves_nothing_running(
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(to_dict(config)))
     code = (
         "import sys, yaml; from pathlib import Path\n"
-        "from iapt.config import load_config; from iapt.launch import launch\n"
+        "from iapt.check import load_config; from iapt.launch import launch\n"
         "p = Path(sys.argv[1]); config = load_config(yaml.safe_load((p / 'config.yaml').read_text()))\n"
         "launch(config, p / 'run', own_process=True)"
     )

@@ -43,7 +43,7 @@ def attach(settings: dict[str, Any], shape: str = "llama", lm: Any = None, **opt
 
 
 def test_a_method_by_name_is_the_shipped_one():
-    from iapt.config import method_config
+    from iapt.check import method_config
 
     lora = method_config({"name": "lora", "options": {"r": 4}})
     assert (lora.kind, lora.options["r"], lora.options["lora_alpha"]) == ("peft", 4, 16)  # type: ignore[attr-defined]

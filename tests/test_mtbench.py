@@ -17,7 +17,8 @@ import torch
 import yaml
 
 from iapt import experiment, judge, mtbench
-from iapt.config import TaskConfig, load_config, to_dict
+from iapt.check import load_config
+from iapt.config import TaskConfig, to_dict
 from iapt.errors import TrainingError, UserError
 from iapt.judge import JudgeConfig, Question, RefusedError, rating
 from iapt.mtbench import MtBenchConfig, evaluate, read_questions

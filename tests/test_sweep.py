@@ -16,8 +16,8 @@ import psutil
 import pytest
 
 from iapt import sweep
+from iapt.check import load_config
 from iapt.checkpoint import read_summary
-from iapt.config import load_config
 from iapt.errors import TrainingError
 from iapt.hardware import cores
 from tests.test_cli import Command, Runs

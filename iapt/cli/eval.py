@@ -52,7 +52,7 @@ def _job(composed: DictConfig, folder: Path, in_sweep: bool) -> dict[str, Any]:
 
 def _problems(composed: DictConfig) -> list[str]:
     """What can be said without the checkpoint's own config; the rest is checked once that is read."""
-    from iapt.config import unknown_keys
+    from iapt.check import unknown_keys
 
     given = OmegaConf.to_container(composed, resolve=False)
     assert isinstance(given, dict)
@@ -73,7 +73,7 @@ def _problems(composed: DictConfig) -> list[str]:
 
 def _benchmarks(composed: DictConfig) -> Any:
     """The settings of the benchmarks as dataclasses. Raises ConfigError naming what does not fit."""
-    from iapt.config import load_config
+    from iapt.check import load_config
     from iapt.harness import HarnessConfig
     from iapt.mtbench import MtBenchConfig
 

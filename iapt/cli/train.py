@@ -25,7 +25,7 @@ def main() -> None:
 
 
 def _job(composed: DictConfig, folder: Path, in_sweep: bool) -> dict[str, Any]:
-    from iapt.config import load_config  # after Hydra: --cfg, --help and completion need no torch
+    from iapt.check import load_config  # after Hydra: --cfg, --help and completion need no torch
     from iapt.launch import launch
 
     config = load_config(composed)
@@ -35,7 +35,7 @@ def _job(composed: DictConfig, folder: Path, in_sweep: bool) -> dict[str, Any]:
 
 
 def _cell(composed: DictConfig) -> str:
-    from iapt.config import load_config
+    from iapt.check import load_config
     from iapt.launch import with_absolute_paths
     from iapt.sweep import cell_id, hash_of
 
@@ -48,7 +48,7 @@ def _cell(composed: DictConfig) -> str:
 
 
 def _problems(composed: DictConfig) -> list[str]:
-    from iapt.config import load_config
+    from iapt.check import load_config
 
     try:
         load_config(composed)

@@ -15,7 +15,7 @@ from torch import nn
 
 from iapt.backbone import Backbone
 from iapt.batch import Batch
-from iapt.config import load_config
+from iapt.check import load_config
 from iapt.errors import ConfigError, UserError
 from iapt.methods import METHODS
 from iapt.methods.peft import AdaLora, PeftConfig

@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from iapt import experiment
+from iapt.check import load_config
 from iapt.checkpoint import load_adapter
-from iapt.config import TaskConfig, load_config
+from iapt.config import TaskConfig
 from iapt.errors import UserError
 from iapt.methods import METHODS
 from iapt.methods.reference import InContextConfig, rewrite

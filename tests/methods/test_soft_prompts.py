@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from iapt.config import Config, load_config
+from iapt.check import load_config
+from iapt.config import Config
 from iapt.errors import ConfigError, UserError
 from iapt.methods import METHODS, MethodConfig, spec_of
 from iapt.methods.lpt import LptConfig
