@@ -53,15 +53,19 @@ def evaluate(
 
     Classification tasks with `scoring: likelihood` predict the label whose token string is likeliest (divided by
     its length if `normalize_scores`); with `scoring: generation`, the label word that the generated text begins
-    with, or none. Other tasks generate.
+    with, or none. A row with options of its own is only ever answered with one of those. Other tasks generate.
+
+    Args:
+        examples: a whole split, in its order.
+        items: the same examples, encoded.
 
     Raises:
         UserError: a metric that does not exist or does not suit the task.
     """
     if task.label_column and task.scoring == "likelihood":
-        predictions = _classify(model, task, items, batch_size, accelerator)
+        predictions = _classify(model, task, examples, items, batch_size, accelerator)
     else:
-        predictions = _generate(model, task, items, batch_size, accelerator)
+        predictions = _generate(model, task, examples, items, batch_size, accelerator)
     if task.label_column:
         found = [p.get("label", -1) for p in predictions]
         values = metrics.compute(task.metrics, found, [e.label for e in examples])
@@ -80,7 +84,12 @@ def evaluate(
 
 
 def _classify(
-    model: AdaptedModel, task: TaskConfig, items: Sequence[Encoded], batch_size: int, accelerator: Accelerator
+    model: AdaptedModel,
+    task: TaskConfig,
+    examples: Sequence[Example],
+    items: Sequence[Encoded],
+    batch_size: int,
+    accelerator: Accelerator,
 ) -> list[dict[str, Any]]:
     def predict(batch: Batch) -> list[dict[str, Any]]:
         scores = model.score(batch)
@@ -88,16 +97,24 @@ def _classify(
         if task.normalize_scores:
             assert batch.choice_mask is not None
             ranked = scores / batch.choice_mask.sum(-1)
-        return [
-            {"label": label, "text": task.label_words[label], "scores": [round(s, 6) for s in row]}
-            for label, row in zip(ranked.argmax(-1).tolist(), scores.tolist(), strict=True)
-        ]
+        records = []
+        for index, row, compared in zip(batch.indices.tolist(), scores.cpu(), ranked.cpu(), strict=True):
+            own = slice(examples[index].num_choices)
+            label = int(compared[own].argmax())
+            word = task.label_words[label]
+            records.append({"label": label, "text": word, "scores": [round(s, 6) for s in row[own].tolist()]})
+        return records
 
     return _over_examples(model, items, batch_size, accelerator, predict)
 
 
 def _generate(
-    model: AdaptedModel, task: TaskConfig, items: Sequence[Encoded], batch_size: int, accelerator: Accelerator
+    model: AdaptedModel,
+    task: TaskConfig,
+    examples: Sequence[Example],
+    items: Sequence[Encoded],
+    batch_size: int,
+    accelerator: Accelerator,
 ) -> list[dict[str, Any]]:
     tokenizer = model.backbone.tokenizer
 
@@ -112,7 +129,11 @@ def _generate(
         texts = [t.strip() for t in tokenizer.batch_decode(ids, skip_special_tokens=True)]
         if not task.label_column:
             return [{"text": text} for text in texts]
-        return [{"text": text, "label": _begins_with(text, task.label_words)} for text in texts]
+        counts = [examples[index].num_choices for index in batch.indices.tolist()]
+        return [
+            {"text": text, "label": _begins_with(text, task.label_words[:count])}
+            for text, count in zip(texts, counts, strict=True)
+        ]
 
     return _over_examples(model, items, batch_size, accelerator, predict)
 

@@ -45,8 +45,8 @@ def test_options_stand_in_the_instruction_with_their_label_words(tmp_path: Path)
     three = {"question": "r", "choices": {"text": ["1", "2", "3"], "label": ["1", "2", "3"]}, "key": "3"}
     task = built(tmp_path, CHOOSE, [FOUR, three])
     assert task.splits["test"] == [
-        Example("q\nA. w\nB. x\nC. y\nD. z\nAnswer:", "C", 2),
-        Example("r\nA. 1\nB. 2\nC. 3\nAnswer:", "C", 2),  # "3" is the data's name of its third option
+        Example("q\nA. w\nB. x\nC. y\nD. z\nAnswer:", "C", 2, (), 4),
+        Example("r\nA. 1\nB. 2\nC. 3\nAnswer:", "C", 2, (), 3),  # "3" is the data's name of its third option
     ]
     assert task.choices == ["A", "B", "C", "D"]
 

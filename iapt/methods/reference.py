@@ -58,7 +58,8 @@ class Reference(Method):
 class Calibrated(Method):
     """Scores less the log of the label prior, so that labels the backbone favours on any input lose that favour.
 
-    Where `task.normalize_scores` divides scores by label lengths, it does so after this.
+    Where `task.normalize_scores` divides scores by label lengths, it does so after this. The prior is one over all
+    label words: where rows have options of their own, a row without some word counts for that word too.
 
     Attributes:
         log_prior: (MOST_LABELS,) float32 buffer: the labels' log prior in nats, then zeros.

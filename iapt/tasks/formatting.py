@@ -28,6 +28,7 @@ class Example:
     response: str  # what training maximises, without separator
     label: int | None = None  # classification: index of the label word
     references: tuple[str, ...] = ()  # generation: all references of this instruction (>= 1)
+    num_choices: int | None = None  # the first so many label words may be answered; None: all of them
 
 
 class _Formatter(string.Formatter):
@@ -103,14 +104,14 @@ def _texts(config: TaskConfig) -> Iterator[tuple[str, str]]:
 
 def _example(config: TaskConfig, fields: dict[str, list[str]], row: Row, where: str) -> Example:
     values = dict(row)
-    label = None
+    label = num_choices = None
     for column, words in config.value_words.items():
         need(config, "value_words", column, row, where)
         values[column] = words.get(str(row[column]), row[column])
     if config.label_column:
         need(config, "label_column", config.label_column, row, where)
         if config.options_column:
-            values["options"], label = _options(config, row, where)
+            values["options"], label, num_choices = _options(config, row, where)
         else:
             label = _label(config, row[config.label_column], where)
         values["label"] = config.label_words[label]
@@ -122,7 +123,7 @@ def _example(config: TaskConfig, fields: dict[str, list[str]], row: Row, where: 
     references: tuple[str, ...] = () if config.label_column else (response,)
     if config.references_column:
         references = tuple(map(str, _list(config, "references_column", config.references_column, row, where)))
-    return Example(instruction, response, label, references)
+    return Example(instruction, response, label, references, num_choices)
 
 
 def _template(config: TaskConfig, row: Row, where: str) -> tuple[str, str]:
@@ -158,8 +159,8 @@ def _list(config: TaskConfig, key: str, path: str, row: Row, where: str) -> list
     return value
 
 
-def _options(config: TaskConfig, row: Row, where: str) -> tuple[str, int]:
-    """A row's options, one a line with its label word, and which of them is right."""
+def _options(config: TaskConfig, row: Row, where: str) -> tuple[str, int, int]:
+    """A row's options, one a line with its label word; which of them is right; how many there are."""
     assert config.options_column
     assert config.label_column
     texts, words = _list(config, "options_column", config.options_column, row, where), config.label_words
@@ -180,7 +181,8 @@ def _options(config: TaskConfig, row: Row, where: str) -> tuple[str, int]:
         label = _label(config, row[config.label_column], where)
     if label >= len(texts):
         raise UserError(f"task '{config.name}': {where} has {len(texts)} options, but its label is {words[label]}")
-    return "\n".join(f"{word}. {text}" for word, text in zip(words, texts, strict=False)), label
+    shown = "\n".join(f"{word}. {text}" for word, text in zip(words, texts, strict=False))
+    return shown, label, len(texts)
 
 
 def _label(config: TaskConfig, value: Any, where: str) -> int:
