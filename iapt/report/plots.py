@@ -15,12 +15,15 @@ from matplotlib.figure import Figure  # without pyplot: no display, no global st
 
 from iapt.nn.rational import FIT_RANGE
 from iapt.report.cells import Board, Cell, Column, Row
-from iapt.report.runs import Run
+from iapt.report.runs import OK, Run
 from iapt.report.sheet import column_name, file_name
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f7f7f", "#8c564b", "#000000", "#b5bd00")
 MARKERS = "osD^vP*X<>"
+DASHES = ("-", "--", "-.")  # a dotted line is a run without an end
+START = 4  # the colour of an activation's start, which no seed gets
 MOST_COLUMNS = 3
+LABEL = 0.2, 0.07  # width and height of a small label, as shares of the axes
 
 
 @dataclass
@@ -53,9 +56,15 @@ def plots(board: Board) -> list[Plot]:
 Drawn = tuple[Figure | None, str]
 
 
-def _styles(board: Board) -> dict[str, tuple[str, str]]:
-    """Colour and marker of each row, by its name."""
-    return {str(r): (COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)]) for i, r in enumerate(board.rows)}
+def _style(number: int) -> tuple[str, str, str]:
+    """Colour, marker and dash of a series; where colours come round again, markers and dashes have moved on."""
+    round_, i = divmod(number, len(COLOURS))
+    return COLOURS[i], MARKERS[(number + round_) % len(MARKERS)], DASHES[round_ % len(DASHES)]
+
+
+def _styles(board: Board) -> dict[str, tuple[str, str, str]]:
+    """The style of each row, by its name."""
+    return {str(row): _style(i) for i, row in enumerate(board.rows)}
 
 
 def _grid(count: int, width: float = 4.2, height: float = 3.2) -> tuple[Figure, list[Axes]]:
@@ -85,9 +94,10 @@ def _learning(board: Board) -> Drawn:
     figure, axes = _grid(len(curves))
     for ax, (task, drawn) in zip(axes, sorted(curves.items()), strict=True):
         for row, run, points in drawn:
-            ended = "-" if run.status == "ok" else ":"
-            ax.plot(*zip(*points, strict=True), color=styles[str(row)][0], linestyle=ended, linewidth=1, label=str(row))
-        ax.set(title=task, xlabel="step", ylabel="dev loss (nats per response token)")
+            colour, _, dash = styles[str(row)]
+            line = dash if run.status == OK else ":"
+            ax.plot(*zip(*points, strict=True), color=colour, linestyle=line, linewidth=1, label=str(row))
+        ax.set(title=task, xlabel="step", ylabel="dev loss\n(nats per response token)")
     _legend(figure, axes)
     return figure, ""
 
@@ -134,17 +144,20 @@ def _against(board: Board, place: Callable[[Cell], float | None], swept: str | N
             y = [100 * (cell.median or 0.0) for _, cell in points]
             low = [m - 100 * min(cell.values) for m, (_, cell) in zip(y, points, strict=True)]
             high = [100 * max(cell.values) - m for m, (_, cell) in zip(y, points, strict=True)]
-            i = names.index(label)
+            colour, marker, dash = _style(names.index(label))
             # Two rows of one size are two choices, not two points of a line.
-            joined = "-" if len(set(places)) == len(places) else "none"
+            joined = dash if len(set(places)) == len(places) else "none"
             ax.errorbar(
-                places, y, [low, high], color=COLOURS[i % len(COLOURS)], marker=MARKERS[i % len(MARKERS)],
-                linestyle=joined, linewidth=1, markersize=5, capsize=3, label=label,
+                places, y, [low, high], color=colour, marker=marker, linestyle=joined, linewidth=1, markersize=5,
+                capsize=3, label=label,
             )  # fmt: skip
         ax.set(title=column_name(board, column), xlabel=name, ylabel=f"{column.metric} (%)")
         values = {x for points in lines.values() for x, _ in points}
         if max(values) >= 20 * min(values):
             ax.set_xscale("log")
+        if swept:  # a setting has the values it was given, and none between
+            ax.set_xticks(sorted(values), [f"{value:g}" for value in sorted(values)])
+            ax.minorticks_off()
     _legend(figure, axes)
     return figure, ""
 
@@ -166,14 +179,24 @@ def _cost(board: Board) -> Drawn:
         for row, seconds_, memory_, value in drawn:
             name = f"{row} ({memory_ / 2**30:.2f} GiB)" if len(points) == 1 else str(row)
             size = 30 + 170 * memory_ / largest
-            ax.scatter(
-                seconds_, value, size, color=styles[str(row)][0], marker=styles[str(row)][1], alpha=0.7, label=name
-            )
-            ax.annotate(f"{memory_ / 2**30:.2f} GiB", (seconds_, value), (6, 6), textcoords="offset points", fontsize=7)
+            colour, marker, _ = styles[str(row)]
+            ax.scatter(seconds_, value, size, color=colour, marker=marker, alpha=0.7, label=name)
         ax.set(title=column_name(board, column), xlabel="training time (s)", ylabel=f"{column.metric} (%)")
         ax.margins(0.15)
+        _label_memory(ax, [(seconds_, value, memory_) for _, seconds_, memory_, value in drawn])
     _legend(figure, axes)
     return figure, ""
+
+
+def _label_memory(ax: Axes, points: Iterable[tuple[float, float, float]]) -> None:
+    """The memory (x, y, bytes) beside each point, unless it would cover the label of one before it."""
+    ax.autoscale_view()
+    taken: list[tuple[float, float]] = []
+    for x, y, memory in points:
+        across, up = ax.transLimits.transform((x, y))  # as shares of the axes
+        if all(abs(across - a) > LABEL[0] or abs(up - u) > LABEL[1] for a, u in taken):
+            taken.append((across, up))
+            ax.annotate(f"{memory / 2**30:.2f} GiB", (x, y), (6, 6), textcoords="offset points", fontsize=7)
 
 
 def _activations(board: Board, suffix: str) -> list[Plot]:
@@ -196,6 +219,7 @@ def _activations(board: Board, suffix: str) -> list[Plot]:
 
 def _draw_activations(runs: list[Run]) -> Figure:
     count = max(len(run.activations) for run in runs)
+    colours = [colour for colour in COLOURS if colour != COLOURS[START]]
     figure, axes = _grid(count, 2.8, 2.3)
     for number, ax in enumerate(axes):
         layers = [(run, run.activations[number]) for run in runs if number < len(run.activations)]
@@ -203,9 +227,10 @@ def _draw_activations(runs: list[Run]) -> Figure:
         if learned:
             x = _seen(layer["inputs"] for _, layer in learned)
             ax.plot(x, _gelu(x), color="0.5", linestyle=":", label="GELU")
-            ax.plot(x, _rational(learned[0][1]["start"], x), color=COLOURS[4], linestyle="--", label="start")
+            ax.plot(x, _rational(learned[0][1]["start"], x), color=COLOURS[START], linestyle="--", label="start")
             for i, (run, layer) in enumerate(learned):
-                ax.plot(x, _rational(layer["end"], x), color=COLOURS[i % 4], linewidth=1, label=f"seed {run.seed}")
+                colour = colours[i % len(colours)]
+                ax.plot(x, _rational(layer["end"], x), color=colour, linewidth=1, label=f"seed {run.seed}")
         ax.set_title(f"layer {number}" if learned else f"layer {number}: {layers[0][1].get('activation')}", fontsize=9)
         ax.tick_params(labelsize=7)
     _legend(figure, axes)

@@ -91,6 +91,24 @@ def test_well_formed_complete_and_self_contained(written: Path):
     assert all(value for tag, name, value in page.attributes if (tag, name) == ("img", "alt"))
 
 
+def test_a_value_stands_apart_from_what_is_said_of_its_seeds():
+    entries = [Entry("lora (r=8, x)"), Entry("71.0 (std 2.3, n 5) [1]", True, "+"), Entry("failed [2]")]
+    text = html("T", [Sheet("t", "t", ["method", "a", "b"], [entries])], [], [])
+    Page(text)
+    assert '<td class="text">lora (r=8, x)</td>' in text
+    assert (
+        '<td class=" best">71.0<sup title="better">+</sup><br><small>(std 2.3,</small> <small>n 5) [1]</small> </td>'
+    ) in text
+    assert '<td class="">failed [2]</td>' in text
+
+
+def test_panels_of_all_plots_are_of_one_size(written: Path):
+    page = Page(written.read_text())
+    widths = [int(value) for tag, name, value in page.attributes if (tag, name) == ("img", "width")]
+    # Two tasks beside each other, or two layers.
+    assert widths == [756, 756, 756, 504, 504]
+
+
 def test_names_are_text_not_markup():
     sheet = Sheet("t", "<i>", ["a"], [[Entry('<script>alert(1)</script> & "x"')]], ["</ul>"])
     page = Page(html("T", [sheet], [], ["<folder>"]))

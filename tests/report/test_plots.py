@@ -53,6 +53,7 @@ def test_soft_tokens_and_spread(tmp_path: Path):
         ends = [segment[:, 1].tolist() for segment in bars.lines[2][0].get_segments()]
         assert ends == [pytest.approx(e) for e in ([50, 80], [55, 85], [60, 90])]
         assert bars.get_label() == "iapt"
+    assert [label.get_text() for label in found["soft"].figure.axes[0].get_xticklabels()] == ["2", "4", "8"]
 
 
 def test_cost_shows_time_quality_and_memory(tmp_path: Path):
@@ -63,6 +64,36 @@ def test_cost_shows_time_quality_and_memory(tmp_path: Path):
     assert [text.get_text() for text in axes.texts] == ["1.00 GiB", "3.00 GiB"]
     small, large = (c.get_sizes()[0] for c in axes.collections)
     assert small < large
+
+
+def test_labels_do_not_cover_each_other(tmp_path: Path):
+    for i, seconds in enumerate((10.0, 10.1, 20.0)):
+        make_run(
+            tmp_path / str(i), method=["lora", "dora", "iapt"][i], peak_memory_bytes=(i + 1) * 2**30,
+            train_seconds=seconds,
+        )  # fmt: skip
+    [axes] = drawn(tmp_path)["cost"].figure.axes
+    assert [text.get_text() for text in axes.texts] == ["1.00 GiB", "3.00 GiB"]
+    assert len(axes.collections) == 3
+
+
+def test_no_two_of_many_rows_look_alike(tmp_path: Path):
+    for i in range(24):
+        make_run(tmp_path / str(i), method=f"method-{i}", train_seconds=10.0 + i, trainable_params=1000 + i)
+    found = drawn(tmp_path)
+    lines = found["learning"].figure.axes[0].lines
+    assert len({(line.get_color(), line.get_linestyle()) for line in lines}) == 24
+    points = found["cost"].figure.axes[0].collections
+    assert len({(p.get_facecolor().tobytes(), p.get_paths()[0].vertices.tobytes()) for p in points}) == 24
+    bars = [container.lines[0] for container in found["parameters"].figure.axes[0].containers]
+    assert len({(line.get_color(), line.get_marker()) for line in bars}) == 24
+
+
+def test_no_two_seeds_nor_the_start_have_one_colour(tmp_path: Path):
+    for seed in range(6):
+        make_run(tmp_path / str(seed), method="iapt", seed=seed, learned=True)
+    lines = drawn(tmp_path)["activations"].figure.axes[0].lines
+    assert len({line.get_color() for line in lines}) == len(lines) == 8  # GELU, the start, six seeds
 
 
 def test_without_data_every_plot_says_why(tmp_path: Path):
