@@ -12,7 +12,8 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
-from iapt.config import TaskConfig, load_config
+from iapt.check import load_config
+from iapt.config import TaskConfig
 from iapt.errors import ConfigError, UserError
 from iapt.tasks import Example, Task, build_task
 from iapt.tasks.source import load_rows, read_file
@@ -299,6 +300,42 @@ def test_csv_takes_long_fields(tmp_path: Path) -> None:
     assert len(read_file(tmp_path / "a.csv")[0]["text"]) == 200_000
 
 
+def test_an_empty_cell_is_null_and_names_of_columns_are_trimmed(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text(" text , label\na, yes \n  ,1\nb,\n")
+    rows = read_file(tmp_path / "a.csv")
+    assert rows == [{"text": "a", "label": " yes "}, {"text": None, "label": "1"}, {"text": "b", "label": None}]
+    (tmp_path / "b.csv").write_text("")
+    assert read_file(tmp_path / "b.csv") == []
+
+
+def test_one_file_is_the_train_split(tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    file = tmp_path / "mine" / "plain.csv"
+    file.write_text("text,label\n" + "".join(f"t {i},{i % 2}\n" for i in range(40)))
+    config = config_of(PLAIN, split_rule="carve_train_twice", carve_size=7)
+    task = build_task(config, str(tmp_path))
+    assert {s: len(e) for s, e in task.splits.items()} == {"train": 26, "dev": 7, "test": 7}
+    folder = write(tmp_path / "other", "mine/plain", train=plain_rows(40, "t"))
+    assert build_task(config, folder).fingerprint == task.fingerprint, "as a folder with nothing but train has it"
+    for rule in ("official", "carve_train", "halve_validation", "split_validation"):
+        found = message(config_of(PLAIN, split_rule=rule, carve_size=7), str(tmp_path))
+        assert found == (
+            f"task 'mine/plain': no split 'validation' in {file}; known: train; "
+            "with nothing but a train split, use task.split_rule=carve_train_twice"
+        )
+    renamed = config_of(PLAIN, split_rule="split_validation", source={"splits": {"train": "t", "validation": "t"}})
+    assert len(build_task(renamed, str(tmp_path)).splits["train"]) == 32
+    parts = message(config_of(PLAIN, source={"subsets": ["a"]}), str(tmp_path))
+    assert parts == f"task 'mine/plain': task.source.subsets names 'a', but there is no {file}/a"
+
+
+def test_a_file_beside_the_folder_is_not_left_aside_in_silence(plain_dir: str) -> None:
+    file = Path(plain_dir, "mine/plain.jsonl")
+    file.write_text('{"text": "a", "label": 1}\n')
+    found = message(config_of(PLAIN), plain_dir)
+    assert found == f"task 'mine/plain': found {plain_dir}/mine/plain and {file}; keep one"
+
+
 def test_source_splits_rename(tmp_path: Path) -> None:
     folder = write(
         tmp_path, "mine/plain", auxiliary=plain_rows(1, "a"), dev=plain_rows(2, "d"), test=plain_rows(3, "t")
@@ -358,6 +395,22 @@ def test_only_validation_points_to_the_rule_for_it(tmp_path: Path) -> None:
     found = message(config_of(PLAIN, split_rule="halve_validation"), folder)
     assert "no split 'train'" in found
     assert found.endswith("use task.split_rule=split_validation")
+
+
+def test_only_train_points_to_the_rule_for_it(tmp_path: Path) -> None:
+    folder = write(tmp_path, "mine/plain", train=plain_rows(30, "t"))
+    assert message(config_of(PLAIN), folder).endswith(
+        "known: train; with nothing but a train split, use task.split_rule=carve_train_twice"
+    )
+
+
+def test_no_data_is_one_line_with_the_nearest_file(tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "plane.csv").write_text("text,label\n")
+    assert message(config_of(PLAIN), str(tmp_path)) == (
+        f"task 'mine/plain': no data: {tmp_path} has no folder 'mine/plain' and no file 'mine/plain.csv'; "
+        "did you mean 'mine/plane.csv'? known: mine/plane.csv; and task.source.path is not set"
+    )
 
 
 def test_two_files_of_one_split(plain_dir: str) -> None:

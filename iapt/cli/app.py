@@ -22,6 +22,7 @@ from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from iapt.errors import ConfigError, TrainingError, UserError
 from iapt.paths import CONFIG_DIR
@@ -89,6 +90,8 @@ def _run_hydra(command: Callable[[], Any], config_name: str, check: Check) -> No
     refused = (HydraException, OmegaConfBaseException)
     try:
         command()
+    except YAMLError as error:
+        raise UserError(f"a config file is no YAML: {' '.join(str(error).split())}") from None
     except refused as error:
         args = get_args_parser().parse_args()
         try:

@@ -27,22 +27,24 @@ def load_rows(config: TaskConfig, split: str, data_dir: str | None) -> list[Row]
         config: the task; `source.splits` says what the source calls the split.
         split: "train", "validation" or "test".
         data_dir: a folder holding `<task.name>/<split>.jsonl|json|csv|tsv|parquet`, or such files in
-            `<task.name>/<subset>` for a task with `source.subsets`. The hub is asked when
-            it is null or holds no folder of this task, and never to fill up a folder that lacks one split:
-            a task whose splits come from two places is no longer the task.
+            `<task.name>/<subset>` for a task with `source.subsets`, or one file `<task.name>.csv` (or the
+            like), whose rows are the train split. The hub is asked when it is null or holds nothing of this
+            task, and never to fill up a folder that lacks one split: a task whose splits come from two
+            places is no longer the task.
 
     Raises:
-        UserError: nothing to load from, a missing or empty split, an unreadable file (with its line).
+        UserError: nothing to load from, two places to load from, a missing or empty split, an unreadable file
+            (with its line).
     """
     name = config.source.splits.get(split, split)
     if config.source.generator:
         rows = _generated(config.source.generator, name)
     else:
-        folder = _local_folder(config, data_dir)
+        place = _local_place(config, data_dir)
         subsets: list[str | None] = [*config.source.subsets]
         rows = []
         for subset in subsets or [None]:
-            found = _local(config, folder, name, subset) if folder else _hub(config, name, data_dir, subset)
+            found = _local(config, place, name, subset) if place else _hub(config, name, data_dir, subset)
             rows += [{**row, "subset": subset} for row in found] if subset else found
     if not rows:
         raise UserError(f"task '{config.name}': split '{name}' is empty")
@@ -58,17 +60,27 @@ def _generated(generator: str, name: str) -> list[Row]:
         raise UserError(f"task.source.generator = {generator}: {error}") from None
 
 
-def _local_folder(config: TaskConfig, data_dir: str | None) -> Path | None:
+def _local_place(config: TaskConfig, data_dir: str | None) -> Path | None:
+    """The task's folder, or the one file that is all there is of it."""
     if not data_dir:
         return None
     root = Path(data_dir).expanduser()
     if not root.is_dir():
         raise UserError(f"data_dir = {data_dir}: no such folder")
-    return root / config.name if (root / config.name).is_dir() else None
+    places = [root / config.name] if (root / config.name).is_dir() else []
+    places += [file for suffix in SUFFIXES if (file := root / f"{config.name}{suffix}").is_file()]
+    if len(places) > 1:
+        raise UserError(f"task '{config.name}': found {' and '.join(map(str, places))}; keep one")
+    return places[0] if places else None
 
 
-def _local(config: TaskConfig, folder: Path, name: str, subset: str | None) -> list[Row]:
-    folder = folder / subset if subset else folder
+def _local(config: TaskConfig, place: Path, name: str, subset: str | None) -> list[Row]:
+    if place.is_file() and not subset:
+        train = config.source.splits.get("train", "train")
+        if name != train:
+            raise _missing_split(config, name, {train}, str(place))
+        return read_file(place)
+    folder = place / subset if subset else place
     if not folder.is_dir():
         raise UserError(f"task '{config.name}': task.source.subsets names '{subset}', but there is no {folder}")
     files = sorted(p for p in folder.iterdir() if p.suffix in SUFFIXES and p.is_file())
@@ -85,18 +97,17 @@ def _local(config: TaskConfig, folder: Path, name: str, subset: str | None) -> l
 
 def _missing_split(config: TaskConfig, name: str, known: set[str], where: str) -> UserError:
     hint = ""
-    validation = config.source.splits.get("validation", "validation")
-    if known == {validation} and config.split_rule != "split_validation":
-        hint = "; with nothing but a validation split, use task.split_rule=split_validation"
+    for alone, rule in (("train", "carve_train_twice"), ("validation", "split_validation")):
+        if known == {config.source.splits.get(alone, alone)} and config.split_rule != rule:
+            hint = f"; with nothing but a {alone} split, use task.split_rule={rule}"
     return UserError(f"task '{config.name}': no split '{name}' in {where}; {suggest(name, known)}{hint}")
 
 
 def _hub(config: TaskConfig, name: str, data_dir: str | None, subset: str | None) -> list[Row]:
     source, configuration = config.source, subset or config.source.config
-    local = f"{data_dir} has no folder '{config.name}'" if data_dir else "data_dir (or IAPT_DATA_DIR) is not set"
-    failed = f"task '{config.name}': no data\n  local files: {local}\n  hub: "
+    local = _nothing_local(config, data_dir) if data_dir else "data_dir (or IAPT_DATA_DIR) is not set"
     if not source.path:
-        raise UserError(f"{failed}task.source.path is not set")
+        raise UserError(f"task '{config.name}': no data: {local}; and task.source.path is not set")
     import datasets  # a second of imports that local files do not need
 
     try:
@@ -107,8 +118,16 @@ def _hub(config: TaskConfig, name: str, data_dir: str | None, subset: str | None
             raise _missing_split(config, name, known, f"{source.path} on the hub") from None
         reason = " ".join(str(error).split()) or type(error).__name__
         where = f"{source.path}{f' ({configuration})' if configuration else ''}"
-        raise UserError(f"{failed}{where}: {reason[:300]}") from error
+        raise UserError(
+            f"task '{config.name}': no data\n  local files: {local}\n  hub: {where}: {reason[:300]}"
+        ) from error
     return list(rows.to_list())
+
+
+def _nothing_local(config: TaskConfig, data_dir: str) -> str:
+    root = Path(data_dir).expanduser()
+    there = [p.relative_to(root).as_posix() for p in (root / config.name).parent.glob("*")]
+    return f"{data_dir} has no folder '{config.name}' and no file '{config.name}.csv'; {suggest(config.name, there)}"
 
 
 def _hub_splits(error: Exception) -> set[str]:
@@ -122,8 +141,8 @@ def _hub_splits(error: Exception) -> set[str]:
 def read_file(path: Path) -> list[Row]:
     """The rows of one jsonl, json, csv, tsv or parquet file.
 
-    In csv and tsv every value is text; the first line names the columns. A `.json` file holds one array of
-    objects, or one object a line as `datasets` writes it.
+    In csv and tsv every value is text, or null where the cell is empty; the first line names the columns. A
+    `.json` file holds one array of objects, or one object a line as `datasets` writes it.
 
     Raises:
         UserError: naming the file, and the line where there is one.
@@ -172,10 +191,11 @@ def _table(path: Path, lines: Iterable[str]) -> Iterator[Row]:
     # strict: else one stray quotation mark silently swallows the lines up to the next one
     reader = csv.DictReader(lines, delimiter="\t" if path.suffix == ".tsv" else ",", strict=True)
     try:
+        reader.fieldnames = [name.strip() for name in reader.fieldnames or []]
         for row in reader:
             if None in row or None in row.values():
                 count = len(reader.fieldnames or [])
                 raise UserError(f"{path}, line {reader.line_num}: expected {count} columns, as in the first line")
-            yield row
+            yield {column: value if value.strip() else None for column, value in row.items()}
     except csv.Error as error:
         raise UserError(f"{path}, row that begins in line {reader.line_num + 1}: {error}") from None
