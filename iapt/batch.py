@@ -32,6 +32,7 @@ class Encoded:
     instruction: Ids
     response: Ids
     choices: tuple[Ids, ...]  # one per label word, () for generation
+    label: int | None = None  # index of the right label
 
 
 @dataclass
@@ -45,6 +46,7 @@ class Batch:
     choice_ids: Tensor | None  # (B, C, T) int64, right-padded
     choice_mask: Tensor | None  # (B, C, T) bool
     indices: Tensor  # (B,) int64, positions in the split
+    labels: Tensor | None = None  # (B,) int64, the right labels; None unless all are known
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on another device."""
@@ -113,7 +115,7 @@ def encode_examples(
         if words not in finished:
             finished[words] = _finish_choices(words, choices, eos, max_response_length)
         response = tails[end, example.response] + ((eos,) if add_eos and eos is not None else ())
-        encoded.append(Encoded(index, instruction, response, finished[words]))
+        encoded.append(Encoded(index, instruction, response, finished[words], example.label))
     return _truncate(encoded, tokenizer, max_length, max_response_length, context, room, max_new_tokens)
 
 
@@ -233,7 +235,11 @@ def collate(items: Sequence[Encoded], pad_id: int) -> Batch:
         ids, mask = _pad([choice for e in items for choice in e.choices], pad_id)
         choice_ids, choice_mask = ids.view(shape), mask.view(shape)
     indices = torch.tensor([e.index for e in items])
-    return Batch(instruction_ids, instruction_mask, response_ids, response_mask, choice_ids, choice_mask, indices)
+    known = [e.label for e in items if e.label is not None]
+    labels = torch.tensor(known) if len(known) == len(items) else None
+    return Batch(
+        instruction_ids, instruction_mask, response_ids, response_mask, choice_ids, choice_mask, indices, labels
+    )
 
 
 def _pad(rows: list[Ids], pad_id: int, left: bool = False) -> tuple[Tensor, Tensor]:

@@ -120,7 +120,7 @@ def contradictions(config: Config) -> list[str]:
         found.append(f"trainer.warmup_ratio = {trainer.warmup_ratio}: a share of all steps, 0 to 1")
     if config.budget is not None and not BUDGET.fullmatch(config.budget.strip()):
         found.append(f"budget = {config.budget!r}: expected {BUDGET_FORM}")
-    return found + config.method.problems()
+    return found + config.method.problems() + config.method.problems_with(config.task)
 
 
 def _method_kind(raw: dict[Any, Any]) -> tuple[str, Any]:

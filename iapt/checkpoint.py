@@ -60,8 +60,12 @@ def save_adapter(folder: Path, tensors: dict[str, Tensor], meta: dict[str, Any])
     write_json(folder / META, {"schema_version": SCHEMA_VERSION, **meta})
 
 
-def load_adapter(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def load_adapter(folder: Path, key: str = "checkpoint") -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Read an adapter folder: its tensors and what `save_adapter` was given as meta.
+
+    Args:
+        folder: a run or adapter folder.
+        key: the setting that names it, for messages.
 
     Raises:
         UserError: a missing folder or file, one that cannot be read, a newer schema.
@@ -70,22 +74,22 @@ def load_adapter(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         if not (folder / name).is_file():
             here = ", ".join(sorted(p.name for p in folder.iterdir())) if folder.is_dir() else "no such folder"
             raise UserError(
-                f"checkpoint = {folder}: expected a run or adapter folder with {META} and {ADAPTER}; "
+                f"{key} = {folder}: expected a run or adapter folder with {META} and {ADAPTER}; "
                 f"{name} is missing (found: {here or 'nothing'})"
             )
     try:
         meta = json.loads((folder / META).read_text(encoding="utf-8"))
         tensors = load_file(folder / ADAPTER)
     except (OSError, ValueError, SafetensorError) as error:
-        raise UserError(f"checkpoint = {folder}: cannot be read: {error}") from error
+        raise UserError(f"{key} = {folder}: cannot be read: {error}") from error
     version = meta.get("schema_version") if isinstance(meta, dict) else None
     if version != SCHEMA_VERSION:
-        raise UserError(f"checkpoint = {folder}: schema version {version}, this release reads {SCHEMA_VERSION}")
+        raise UserError(f"{key} = {folder}: schema version {version}, this release reads {SCHEMA_VERSION}")
     return tensors, meta
 
 
-def check_backbone(found: dict[str, Any], expected: dict[str, Any], folder: Path) -> None:
-    """Refuse a backbone that the adapter was not trained on.
+def check_backbone(found: dict[str, Any], expected: dict[str, Any], folder: Path, key: str = "checkpoint") -> None:
+    """Refuse a backbone that the adapter in `folder`, which the setting `key` names, was not trained on.
 
     Raises:
         UserError: naming what differs. Names may differ, and a fingerprint that could not be taken is not held
@@ -98,7 +102,7 @@ def check_backbone(found: dict[str, Any], expected: dict[str, Any], folder: Path
     ]
     if differs:
         raise UserError(
-            f"checkpoint = {folder}: trained on backbone '{expected.get('name')}', which this one "
+            f"{key} = {folder}: trained on backbone '{expected.get('name')}', which this one "
             f"('{found.get('name')}') is not: {'; '.join(differs)}"
         )
 

@@ -52,6 +52,8 @@ class SourceConfig:
     # configurations on the hub, sub-folders locally: a split is their rows one after another, with a column `subset`
     subsets: list[str] = field(default_factory=list)
     generator: str | None = None  # a function of iapt.tasks.toy
+    # What is asked about rows that are plain text (column `text`); `iapt.tasks.plain_text` says what each does.
+    builder: str = choice("none", "none", "next_sentence", "sentence_choice", "unified_choice")
     splits: dict[str, str] = field(  # our name -> the source's name
         default_factory=lambda: {"train": "train", "validation": "validation", "test": "test"}
     )
@@ -88,7 +90,7 @@ class TaskConfig:
     carve_size: int = at_least(1000, 1)
     official_size: dict[str, int] = field(default_factory=dict)  # rows of each of the source's splits, as published
     split_seed: int = 0  # not the run's seed: five seeds of one task are scored on the same examples
-    scoring: str = choice("likelihood", "likelihood", "generation")  # for classification
+    scoring: str = choice("likelihood", "likelihood", "generation", "constrained")  # for classification
     normalize_scores: bool = False  # divide a label's log-likelihood by its number of tokens
     max_new_tokens: int = at_least(32, 1)
     num_beams: int = at_least(1, 1)

@@ -66,7 +66,7 @@ def _loss(facts: Facts) -> str | None:
     if not facts.dev_losses:
         return None
     start, last = facts.dev_losses[0][1], facts.dev_losses[-1][1]
-    if facts.best_step == 0:
+    if _kept(facts) >= start:
         end = f", it rose to {last:.2f}" if last > ROSE * start else ""
         return (
             f"dev loss never fell below its start ({start:.2f}){end}: try another method.learning_rate "
@@ -108,9 +108,14 @@ def _comparison(facts: Facts) -> str | None:
     return f"{test} is not above {value}" if facts.test <= base else None
 
 
+def _kept(facts: Facts) -> float:
+    """The kept adapter's dev loss: not always the lowest one, a method may say what is too early to be kept."""
+    return dict(facts.dev_losses)[facts.best_step]
+
+
 def _course(facts: Facts) -> str:
     """How training went, for a run whose dev loss fell and whose test value did not follow."""
-    start, best = facts.dev_losses[0][1], min(loss for _, loss in facts.dev_losses)
+    start, best = facts.dev_losses[0][1], _kept(facts)
     last_step, last = facts.dev_losses[-1]
     fell = f"dev loss fell {start:.2f} -> {best:.2f}"
     if facts.best_step == last_step:

@@ -70,7 +70,7 @@ class Engine:
         self.backbone, self.lm = backbone, backbone.lm
         self.method, self.autocast, self.checkpointing = method, autocast, checkpointing
         self.active, self.training = True, False
-        self.hooks = LayerHooks(backbone.layers, method)
+        self.hooks = LayerHooks(backbone.layers, backbone.embeddings, method)
         if not checkpointing:
             return
         # transformers renamed it within the range of versions that we allow.
@@ -112,15 +112,24 @@ class Engine:
 
     def response_logits(self, batch: Batch) -> Tensor:
         """(B, R, V): the logits that predict each response token, in one pass with gradient."""
-        with self._precision():
-            return self._response_logits(batch)
-
-    def _response_logits(self, batch: Batch) -> Tensor:
-        prompt, embed = self._prompt(), self.backbone.embed
         # The last response token predicts nothing that is asked for.
-        response, seen = embed(batch.response_ids[:, :-1]), batch.response_mask[:, :-1]
-        keep = batch.response_ids.shape[1]
-        mask = batch.instruction_mask
+        ids, seen = batch.response_ids[:, :-1], batch.response_mask[:, :-1]
+        with self._precision():
+            return self._run_whole(batch, ids, seen, keep=batch.response_ids.shape[1])
+
+    def instruction_states(self, batch: Batch) -> Tensor:
+        """(B, d): the instruction's last token after the last layer and its norm, soft tokens in place, with gradient.
+
+        What the LM head reads to predict a response's first token; no response is looked at.
+        """
+        ids, seen = batch.response_ids[:, :0], batch.response_mask[:, :0]
+        with self._precision():
+            return self._run_whole(batch, ids, seen, keep=0)[:, -1]
+
+    def _run_whole(self, batch: Batch, ids: Tensor, seen: Tensor, keep: int) -> Tensor:
+        """Instruction, soft tokens and `ids` (B, T) with their mask `seen`, with gradient; returns what `_run` does."""
+        prompt, embed = self._prompt(), self.backbone.embed
+        response, mask = embed(ids), batch.instruction_mask
         if prompt is None:
             embeds = torch.cat([embed(batch.instruction_ids), response], 1)
             return self._run(embeds, torch.cat([mask, seen], 1), keep=keep)
@@ -146,6 +155,8 @@ class Engine:
         seen = torch.cat([prefix.mask, torch.ones_like(prefix.mask[:, :1]), mask[:, :-1]], 1)
         with self._precision():
             embeds = self.backbone.embed(inputs)
+            if prefix.plan is not None and prefix.plan.first is not None:
+                embeds = torch.cat([prefix.plan.first, embeds[:, 1:]], 1)
             logits = self._run(embeds, seen, prefix.cache, keep=ids.shape[1], plan=prefix.plan)
         prefix.cache.crop(-ids.shape[1])
         return logits
@@ -154,11 +165,12 @@ class Engine:
     def continuing(self, prefix: Prefix) -> Iterator[None]:
         """A context in which others may run the backbone behind the prefix, as `generate` does."""
         self.hooks.plan = prefix.plan
+        self.hooks.first = prefix.plan.first if prefix.plan is not None else None
         try:
             with self._precision():
                 yield
         finally:
-            self.hooks.plan = None
+            self.hooks.plan = self.hooks.first = None
 
     def _prompt(self) -> SoftPrompt | None:
         return self.method if self.active and isinstance(self.method, SoftPrompt) else None
@@ -178,10 +190,14 @@ class Engine:
         slots = padding + torch.arange(soft.shape[1], device=mask.device)
         columns = torch.arange(mask.shape[1], device=mask.device) + soft.shape[1] * mask
         words = self.backbone.embed(batch.instruction_ids)
+        if prompt.edits_embeddings:
+            words = prompt.edit_embeddings(words, mask).to(words.dtype)
         wide = [c[..., None].expand(-1, -1, words.shape[-1]) for c in (columns, slots)]
         both = torch.cat([words, soft], 1)
         embeds = both.scatter(1, torch.cat(wide, 1), both)
-        plan = Plan(mask, slots=slots, columns=columns, soft=slots)
+        plan = Plan(mask, slots=slots, columns=columns, soft=slots, hidden=prompt.hidden_layers)
+        if prompt.edits_embeddings:
+            plan.first = words[:, -1:]
         if prompt.reads == "encoding":
             plan.columns, plan.states = None, self._read(batch, None, prompt.reads)
         return plan, embeds, torch.cat([mask, torch.ones_like(slots, dtype=torch.bool)], 1)
@@ -191,13 +207,17 @@ class Engine:
         states, soft = self._read(batch, cache, prompt.reads), self._soft_columns(prompt, batch)
         slots = torch.arange(soft.shape[1], device=soft.device).expand(len(soft), -1)
         start = batch.instruction_mask.shape[1] - 1
-        return Plan(batch.instruction_mask, slots=slots, states=states, soft=start + slots), soft
+        hidden = prompt.hidden_layers
+        return Plan(batch.instruction_mask, slots=slots, states=states, soft=start + slots, hidden=hidden), soft
 
     def _plan_of_continuation(self, prompt: SoftPrompt | None, plan: Plan | None) -> Plan | None:
-        """After the prefix nothing is written; a late prompt's lower layers must still not see it."""
-        if prompt is None or plan is None or not prompt.first_layer:
+        """After the prefix nothing is written. Where soft tokens are hidden they must still not be seen, vectors still
+        scale, and the instruction's last token still enters as the method has edited it."""
+        if prompt is None or plan is None:
             return None
-        return Plan(plan.mask, soft=plan.soft)
+        if not (plan.hidden or prompt.scales or prompt.edits_embeddings):
+            return None
+        return Plan(plan.mask, soft=plan.soft, scales=plan.scales, first=plan.first, hidden=plan.hidden)
 
     @torch.no_grad()
     def _read(self, batch: Batch, cache: DynamicCache | None, reads: str) -> list[Tensor]:

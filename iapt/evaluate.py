@@ -13,9 +13,12 @@ from accelerate.utils import gather_object
 
 from iapt import metrics
 from iapt.batch import Batch, Encoded, collate, evaluation_batches
+from iapt.calibration import expected_calibration_error
 from iapt.config import TaskConfig
+from iapt.errors import UserError
 from iapt.model import AdaptedModel
 from iapt.tasks import Example
+from iapt.trie import tries
 
 
 @dataclass
@@ -53,7 +56,9 @@ def evaluate(
 
     Classification tasks with `scoring: likelihood` predict the label whose token string is likeliest (divided by
     its length if `normalize_scores`); with `scoring: generation`, the label word that the generated text begins
-    with, or none. A row with options of its own is only ever answered with one of those. Other tasks generate.
+    with, or none; with `scoring: constrained`, the one that decoding ends in when it cannot leave the label words. A
+    row with options of its own is only ever answered with one of those. Other tasks generate. Where labels are scored
+    and lengths not divided out, `ece` stands beside the metrics: the expected calibration error of the scores' softmax.
 
     Args:
         examples: a whole split, in its order.
@@ -64,11 +69,16 @@ def evaluate(
     """
     if task.label_column and task.scoring == "likelihood":
         predictions = _classify(model, task, examples, items, batch_size, accelerator)
+    elif task.label_column and task.scoring == "constrained":
+        predictions = _decode_labels(model, task, examples, items, batch_size, accelerator)
     else:
         predictions = _generate(model, task, examples, items, batch_size, accelerator)
     if task.label_column:
         found = [p.get("label", -1) for p in predictions]
-        values = metrics.compute(task.metrics, found, [e.label for e in examples])
+        labels = [e.label for e in examples]
+        values = metrics.compute(task.metrics, found, labels)
+        if task.scoring == "likelihood" and not task.normalize_scores:
+            values["ece"] = expected_calibration_error([p["scores"] for p in predictions], found, labels)
     else:
         values = metrics.compute(task.metrics, [p["text"] for p in predictions], [list(e.references) for e in examples])
     records = [
@@ -134,6 +144,36 @@ def _generate(
             {"text": text, "label": _begins_with(text, task.label_words[:count])}
             for text, count in zip(texts, counts, strict=True)
         ]
+
+    return _over_examples(model, items, batch_size, accelerator, predict)
+
+
+def _decode_labels(
+    model: AdaptedModel,
+    task: TaskConfig,
+    examples: Sequence[Example],
+    items: Sequence[Encoded],
+    batch_size: int,
+    accelerator: Accelerator,
+) -> list[dict[str, Any]]:
+    stop = model.backbone.tokenizer.eos_token_id
+    if stop is None:
+        raise UserError("task.scoring = constrained: a label word ends in eos, and the tokenizer has none")
+
+    def predict(batch: Batch) -> list[dict[str, Any]]:
+        own = tries(batch, stop, [examples[index].num_choices for index in batch.indices.tolist()])
+        ids = model.generate(
+            batch,
+            max_new_tokens=max(trie.depth for trie in own),
+            num_beams=task.num_beams,
+            eos_token_id=stop,
+            # Beams are compared as likelihoods are: as they stand, or divided by their lengths.
+            length_penalty=float(task.normalize_scores),
+            prefix_allowed_tokens_fn=lambda row, seen: own[row].following(seen.tolist()),
+            synced_gpus=accelerator.num_processes > 1,
+        )
+        labels = [trie.find(row) for trie, row in zip(own, ids.tolist(), strict=True)]
+        return [{"text": task.label_words[label], "label": label} for label in labels]
 
     return _over_examples(model, items, batch_size, accelerator, predict)
 

@@ -40,6 +40,7 @@ from iapt.provenance import circumstances
 from iapt.restore import put_back, read_saved
 from iapt.tasks import Task, build_task
 from iapt.tracking import Tracker
+from iapt.transfer import Origin, start_from
 
 SPLITS = ("train", "dev", "test")
 
@@ -52,6 +53,7 @@ class Parts:
         config: the configuration, its method at the size that the budget led to.
         fitted: what the budget came to, None without one.
         task: as the method presents it; `bare` is the task itself, the same object for most methods.
+        origin: the adapter that training starts from, None for a fresh start.
         backbone_parameters, backbone_identity: taken before the method or sharding changes the backbone's modules.
     """
 
@@ -64,6 +66,7 @@ class Parts:
     backbone_parameters: int
     backbone_identity: dict[str, Any]
     model: AdaptedModel
+    origin: Origin | None
     items: dict[str, list[Encoded]]
     notes: list[str]
 
@@ -144,8 +147,13 @@ def evaluate(checkpoint: Path, folder: Path, overrides: dict[str, Any], split: s
     return summary
 
 
-def build(config: Config) -> Parts:
-    """Task, backbone, method and model of a configuration, on this process's device."""
+def build(config: Config, *, to_train: bool = False) -> Parts:
+    """Task, backbone, method and model of a configuration, on this process's device.
+
+    Args:
+        config: checked by `load_config`.
+        to_train: the model is at its start, the one of `method.init_from` if that names an adapter.
+    """
     wandb = ["wandb"] if config.tracking.name == "wandb" else None
     accelerator = Accelerator(cpu=config.hardware.device == "cpu", log_with=wandb)
     set_seed(config.seed)
@@ -169,6 +177,7 @@ def build(config: Config) -> Parts:
         precision=hardware.precision,
         activation_checkpointing=hardware.activation_checkpointing,
     )
+    origin = start_from(model, config.method, identity) if to_train else None
     if hardware.strategy == "fsdp":
         shard_layers(backbone, model.trainable().values())
     soft_tokens = method.num_soft_tokens if isinstance(method, SoftPrompt) else 0
@@ -178,11 +187,13 @@ def build(config: Config) -> Parts:
         set_seed(config.seed, device_specific=True)
     if fitted:
         notes.append(str(fitted))
-    return Parts(config, fitted, accelerator, task, bare, backbone, parameters, identity, model, items, notes)
+    if origin:
+        notes.append(str(origin))
+    return Parts(config, fitted, accelerator, task, bare, backbone, parameters, identity, model, origin, items, notes)
 
 
 def _run(config: Config, folder: Path) -> dict[str, Any]:
-    parts = build(config)
+    parts = build(config, to_train=True)
     config = parts.config
     accelerator, task, model = parts.accelerator, parts.task, parts.model
     tracker = Tracker(folder, accelerator, "/".join(folder.parts[-3:]))
@@ -224,6 +235,7 @@ def _run(config: Config, folder: Path) -> dict[str, Any]:
     dev, test = score(task, parts.items, "dev"), score(task, parts.items, "test")
     summary = {
         **identity,
+        "init_from": parts.origin.record() if parts.origin else None,
         "zero_shot": zero_shot[metric] if zero_shot else None,
         "dev": dev.values[metric],
         "test": test.values[metric],

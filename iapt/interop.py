@@ -118,7 +118,7 @@ def import_peft(
 @torch.no_grad()
 def _input_prompt(method: SoftPrompt, num_layers: int) -> Tensor | None:
     """(s, d) float32 on the CPU, if that is all the method ever does to a pass."""
-    if method.position != "before_instruction" or method.reads != "nothing" or method.edits_cache or method.first_layer:
+    if method.position != "before_instruction" or method.reads != "nothing" or method.edits_cache or method.hides:
         return None
     was = method.training
     method.eval()

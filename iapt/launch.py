@@ -21,7 +21,7 @@ import psutil
 import torch
 import yaml
 
-from iapt.checkpoint import STATE, SUMMARY, read_summary, refuse_finished, write_json
+from iapt.checkpoint import STATE, SUMMARY, load_adapter, read_summary, refuse_finished, write_json
 from iapt.config import Config, to_dict
 from iapt.errors import ConfigError, TrainingError, UserError
 from iapt.hardware import check_hardware, cores
@@ -64,6 +64,9 @@ def launch(config: Config, folder: Path, *, own_process: bool = False) -> dict[s
             )
         _check_same_run(config, folder)
     check_hardware(config)
+    for key, named in config.method.adapters().items():
+        if named:
+            load_adapter(Path(named), f"method.{key}")
 
     folder.mkdir(parents=True, exist_ok=True)
     (folder / SUMMARY).unlink(missing_ok=True)  # of an attempt that failed
@@ -205,6 +208,10 @@ def with_absolute_paths(config: Config) -> Config:
     if config.backbone.path and Path(config.backbone.path).expanduser().is_dir():
         path = str(Path(config.backbone.path).expanduser().absolute())
         changes["backbone"] = dataclasses.replace(config.backbone, path=path)
+    named = {key: folder for key, folder in config.method.adapters().items() if folder}
+    if named:
+        adapters: dict[str, Any] = {key: str(Path(folder).expanduser().absolute()) for key, folder in named.items()}
+        changes["method"] = dataclasses.replace(config.method, **adapters)
     return dataclasses.replace(config, **changes)
 
 

@@ -36,6 +36,7 @@ from iapt.methods import MethodConfig, WeightMethod, spec_of
 from iapt.model import AdaptedModel
 from iapt.restore import put_back
 from iapt.tasks import Example
+from iapt.transfer import start_from
 
 PRECISIONS = ("fp32", "bf16")
 
@@ -63,8 +64,22 @@ def attach(
 
     Raises:
         UserError: settings that the command line would refuse as well, a method that is made of a task's text,
-            an LM that carries a weight-space method or peft's layers already.
+            an LM that carries a weight-space method or peft's layers already, an adapter to start from
+            (`init_from`) that does not fit.
     """
+    model = _attach(lm, method, tokenizer, precision, activation_checkpointing)
+    assert model.meta is not None
+    start_from(model, method_config(model.meta["method"]), model.meta["backbone"])
+    return model
+
+
+def _attach(
+    lm: PreTrainedModel,
+    method: Mapping[str, Any] | MethodConfig,
+    tokenizer: PreTrainedTokenizerBase | None,
+    precision: str | None,
+    activation_checkpointing: bool,
+) -> AdaptedModel:
     _refuse_changed(lm)
     config = method_config(to_dict(method) if isinstance(method, MethodConfig) else method)
     spec = spec_of(config)
@@ -120,13 +135,8 @@ def load(
         raise UserError(f"checkpoint = {folder}: does not say which method and backbone it belongs to")
     _refuse_changed(backbone)
     check_backbone(_backbone(backbone, tokenizer).identity(), meta["backbone"], folder)
-    model = attach(
-        backbone,
-        meta["method"],
-        tokenizer=tokenizer,
-        precision=precision,
-        activation_checkpointing=activation_checkpointing,
-    )
+    # Not by way of what training started from, which need not be there any more.
+    model = _attach(backbone, meta["method"], tokenizer, precision, activation_checkpointing)
     put_back(model, tensors, f"checkpoint = {folder}")
     return model
 
@@ -160,7 +170,10 @@ def make_batch(
     # Without responses the instructions stand in for them, and are taken off again.
     pairs = zip(instructions, instructions if responses is None else responses, strict=True)
     encoded, _ = encode_examples(
-        [Example(instruction, response) for instruction, response in pairs],
+        [
+            Example(instruction, response, label=choices.index(response) if response in choices else None)
+            for instruction, response in pairs
+        ],
         tokenizer,
         choices=choices,
         separator=separator,

@@ -11,7 +11,9 @@ from torch import Tensor, nn
 from iapt.errors import UserError
 from iapt.methods import SoftPrompt
 
-_SHARED = ("num_soft_tokens", "position", "reads", "first_layer", "edits_cache")
+_SHARED = (
+    "num_soft_tokens", "position", "reads", "hides", "hidden_layers", "edits_cache", "edits_embeddings", "scales",
+)  # fmt: skip
 
 
 class RowMixture(SoftPrompt):
@@ -32,8 +34,9 @@ class RowMixture(SoftPrompt):
         rows: (B,) int64, the adapter of each row of the batches to come; None outside of `serving`.
 
     Raises:
-        UserError: no adapter, or one whose layout (`num_soft_tokens`, `position`, `reads`, `first_layer`,
-            `edits_cache`) is not the first one's.
+        UserError: no adapter, one that scores choices in its own way (its `choose` would run once more for each), or
+            one whose layout (`num_soft_tokens`, `position`, `reads`, `hides`, `hidden_layers`, `edits_cache`,
+            `edits_embeddings`, `scales`) is not the first one's.
     """
 
     def __init__(self, adapters: Sequence[SoftPrompt]) -> None:
@@ -49,6 +52,9 @@ class RowMixture(SoftPrompt):
                         f"and adapters[0] has {wanted!r}"
                     )
             setattr(self, name, wanted)
+        for index, adapter in enumerate(adapters):
+            if type(adapter).choose is not SoftPrompt.choose:
+                raise UserError(f"adapters[{index}]: scores choices in its own way, which rows of one batch cannot")
         self.adapters = nn.ModuleList(adapters)
         self.rows: Tensor | None = None
 
@@ -100,6 +106,19 @@ class RowMixture(SoftPrompt):
             new_keys = new_keys.index_copy(0, rows, own_keys.to(keys.dtype))
             new_values = new_values.index_copy(0, rows, own_values.to(values.dtype))
         return new_keys, new_values
+
+    def edit_embeddings(self, words: Tensor, mask: Tensor) -> Tensor:
+        """As `SoftPrompt.edit_embeddings`. Raises ValueError as `forward` does."""
+        edited = words
+        for adapter, rows in self._shares(words):
+            edited = edited.index_copy(0, rows, adapter.edit_embeddings(words[rows], mask[rows]).to(words.dtype))
+        return edited
+
+    def scale(self, layer: int, states: Tensor, mask: Tensor) -> dict[str, Tensor]:
+        """As `SoftPrompt.scale`. Raises ValueError as `forward` does."""
+        shares = [(adapter.scale(layer, states[rows], mask[rows]), rows) for adapter, rows in self._shares(states)]
+        order = torch.cat([rows for _, rows in shares]).argsort()
+        return {part: torch.cat([own[part] for own, _ in shares])[order] for part in self.scales}
 
     def adjust_scores(self, scores: Tensor) -> Tensor:
         """Each row's scores (B, C), as its adapter adjusts them."""

@@ -107,6 +107,10 @@ class AdaptedModel(nn.Module):
         folder.mkdir(parents=True, exist_ok=True)
         save_adapter(folder, self.adapter_state(), self.meta)
 
+    def _acting(self) -> Method | None:
+        """The method, unless it is switched off."""
+        return self.method if self.engine.active else None
+
     def _owned(self) -> dict[str, Tensor]:
         if self.method is None:
             return {}
@@ -143,24 +147,25 @@ class AdaptedModel(nn.Module):
     # -- the three verbs ----------------------------------------------------------------------------------
 
     def loss(self, batch: Batch, reduction: str = "mean") -> Tensor:
-        """Cross-entropy of the response tokens given the instruction, in nats, a scalar in float32 or better.
+        """What training minimises: the cross-entropy of the response tokens given the instruction, in nats, unless
+        the method has an objective of its own. A scalar in float32 or better.
 
         Args:
             batch: instructions and responses.
             reduction: `mean` over the response tokens of the batch, or `sum` over them (what gradient
                 accumulation and several processes need, since their shares hold unequal numbers of tokens).
         """
-        logits = self.engine.response_logits(batch)
-        targets = batch.response_ids.masked_fill(~batch.response_mask, -100)
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        total = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100, reduction="sum")
+        method = self._acting()
+        total = method.objective(self, batch) if method else None
+        if total is None:
+            total = cross_entropy(self.engine.response_logits(batch), batch)
         return total if reduction == "sum" else total / batch.response_mask.sum()
 
     forward = loss
 
     @torch.no_grad()
     def score(self, batch: Batch) -> Tensor:
-        """Log-likelihood of every choice of every row, summed over its tokens (as the method adjusts it).
+        """Log-likelihood of every choice of every row, summed over its tokens, unless the method scores otherwise.
 
         Args:
             batch: with `choice_ids` (B, C, T) and their mask; its responses are not looked at.
@@ -173,14 +178,34 @@ class AdaptedModel(nn.Module):
         """
         if batch.choice_ids is None or batch.choice_mask is None:
             raise ValueError("score needs a batch with choices")
+        method = self._acting()
+        own = method.choose(self, batch) if method else None
+        if own is not None:
+            return own
+        found = self.likelihoods(batch)
+        return method.adjust_scores(found) if method else found
+
+    def likelihoods(self, batch: Batch) -> Tensor:
+        """The log-likelihoods that `score` compares unless the method scores otherwise, with gradient.
+
+        Raises:
+            ValueError: if the batch carries no choices.
+        """
+        if batch.choice_ids is None or batch.choice_mask is None:
+            raise ValueError("score needs a batch with choices")
+        if self.engine.checkpointing and self.training:  # transformers drops the cache there: every choice a row
+            copies = batch.choice_ids.shape[1]
+            ids, mask = batch.choice_ids.flatten(0, 1), batch.choice_mask.flatten(0, 1)
+            shown, seen, rows = (
+                t.repeat_interleave(copies, 0) for t in (batch.instruction_ids, batch.instruction_mask, batch.indices)
+            )
+            logits = self.engine.response_logits(Batch(shown, seen, ids, mask, None, None, rows))
+            return _summed(logits, ids, mask).view(-1, copies)
         prefix = self.encode(batch)
         scores = []
         for ids, mask in zip(batch.choice_ids.unbind(1), batch.choice_mask.unbind(1), strict=True):
-            logits = self.engine.continue_prefix(prefix, ids, mask)
-            chosen = logits.float().log_softmax(-1).gather(-1, ids.unsqueeze(-1)).squeeze(-1)
-            scores.append((chosen * mask).sum(-1))
-        found = torch.stack(scores, dim=1)
-        return self.method.adjust_scores(found) if self.method is not None and self.engine.active else found
+            scores.append(_summed(self.engine.continue_prefix(prefix, ids, mask), ids, mask))
+        return torch.stack(scores, dim=1)
 
     @torch.no_grad()
     def generate(
@@ -200,7 +225,8 @@ class AdaptedModel(nn.Module):
             input_ids: (B, N) int64 instructions, instead of a batch.
             attention_mask: (B, N), 1 or True at their tokens, wherever the padding is. None: as in transformers,
                 every token but the pad token, or all of them where eos is the pad token.
-            options: transformers' generation options (`max_new_tokens`, `num_beams`, `do_sample` ...).
+            options: transformers' generation options (`max_new_tokens`, `num_beams`, `do_sample` ...); a
+                `prefix_allowed_tokens_fn` is handed the new ids alone.
 
         Returns:
             (B, T) int64 token ids, the new ones alone, right-padded.
@@ -220,11 +246,13 @@ class AdaptedModel(nn.Module):
         copies = max(options.get("num_beams", 1), options.get("num_return_sequences", 1))
         if copies > 1:
             prefix.cache.batch_repeat_interleave(copies)
-            if prefix.plan is not None and prefix.plan.soft is not None:
-                prefix.plan.soft = prefix.plan.soft.repeat_interleave(copies, 0)
+            if prefix.plan is not None:
+                prefix.plan.repeat(copies)
         # The cached columns need ids for their count's sake only; they are never looked up.
         cached = torch.full_like(prefix.mask, tokenizer.pad_token_id, dtype=torch.long)
         ids = torch.cat([cached, prefix.last_ids], 1)
+        if (allowed := options.get("prefix_allowed_tokens_fn")) is not None:
+            options["prefix_allowed_tokens_fn"] = lambda row, seen: allowed(row, seen[ids.shape[1] :])
         with self.engine.continuing(prefix):
             output = self.lm.generate(
                 input_ids=ids,
@@ -234,6 +262,19 @@ class AdaptedModel(nn.Module):
                 **{"do_sample": False, **options},
             )
         return output[:, ids.shape[1] :]
+
+
+def cross_entropy(logits: Tensor, batch: Batch) -> Tensor:
+    """Summed over the response tokens, in nats, a scalar in float32 or better; logits (B, R, V) predict them."""
+    targets = batch.response_ids.masked_fill(~batch.response_mask, -100)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100, reduction="sum")
+
+
+def _summed(logits: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
+    """Log-likelihoods (B,) float32 of ids (B, T), which logits (B, T, V) predict."""
+    chosen = logits.float().log_softmax(-1).gather(-1, ids.unsqueeze(-1)).squeeze(-1)
+    return (chosen * mask).sum(-1)
 
 
 def _instructions(ids: Tensor, mask: Tensor | None, tokenizer: Any) -> Batch:

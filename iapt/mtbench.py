@@ -36,7 +36,7 @@ from iapt.errors import UserError
 from iapt.judge import JudgeConfig, Question
 from iapt.mtbench_answers import Answerer, Layout
 from iapt.provenance import circumstances
-from iapt.restore import Saved, build_model, read_saved, refuse_rewriting
+from iapt.restore import Saved, build_model, read_saved, refuse_bound_to_task
 from iapt.rows import append_row, read_rows
 
 log = logging.getLogger(__name__)
@@ -96,7 +96,7 @@ def evaluate(checkpoint: Path, folder: Path, overrides: dict[str, Any], config: 
     questions = read_questions(source)
     references = judge.read_references(config.judge.references)
     saved = read_saved(checkpoint, overrides)
-    refuse_rewriting(saved)
+    refuse_bound_to_task(saved)
     layout = Layout(saved.config.task, config.column, config.joiner)
     identity = _identity(saved, config, layout, source)
     _check_folder(folder, identity)

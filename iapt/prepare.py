@@ -14,8 +14,8 @@ NO_LIMIT = 10**9
 
 
 def generates(config: Config) -> bool:
-    """Whether predictions are decoded texts, not the likeliest label words."""
-    return not config.task.label_column or config.task.scoring == "generation"
+    """Whether predictions are decoded, not chosen by the scores of label words."""
+    return not config.task.label_column or config.task.scoring != "likelihood"
 
 
 def present(config: Config, task: Task, backbone: Backbone, soft_tokens: int) -> Task:

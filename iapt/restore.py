@@ -20,7 +20,7 @@ from iapt.checkpoint import check_backbone, load_adapter
 from iapt.config import Config
 from iapt.errors import UserError
 from iapt.hardware import check_hardware
-from iapt.methods import SoftPrompt, spec_of
+from iapt.methods import MethodConfig, SoftPrompt, spec_of
 from iapt.model import AdaptedModel
 
 
@@ -30,6 +30,7 @@ class Saved:
 
     Attributes:
         folder: where it was read.
+        key: the setting that named it, for messages.
         config: the run's configuration with the overrides laid over it, for one process.
         tensors: the adapter, by name.
         meta: the content of `adapter.json`.
@@ -39,6 +40,7 @@ class Saved:
     config: Config
     tensors: dict[str, Tensor]
     meta: dict[str, Any]
+    key: str = "checkpoint"
 
     def identity(self) -> dict[str, Any]:
         """What `summary.json` says about the model."""
@@ -52,20 +54,21 @@ class Saved:
         }
 
 
-def read_saved(folder: Path, overrides: dict[str, Any]) -> Saved:
+def read_saved(folder: Path, overrides: dict[str, Any], key: str = "checkpoint") -> Saved:
     """Read a checkpoint; nothing is built yet.
 
     Args:
         folder: a run or adapter folder; it is only read.
         overrides: nested settings laid over the run's own, as `iapt.experiment.evaluate` takes them.
+        key: the setting that names it, for messages.
 
     Raises:
         UserError: an unreadable checkpoint, bad overrides.
     """
-    tensors, meta = load_adapter(folder)
+    tensors, meta = load_adapter(folder, key)
     if "config" not in meta:
         raise UserError(
-            f"checkpoint = {folder}: was saved from Python, so its task and backbone are not known; iapt.load reads it"
+            f"{key} = {folder}: was saved from Python, so its task and backbone are not known; iapt.load reads it"
         )
     # A named task or backbone replaces the run's own; single settings are laid over it.
     replaced = {key for key, value in overrides.items() if isinstance(value, dict) and "name" in value}
@@ -73,15 +76,17 @@ def read_saved(folder: Path, overrides: dict[str, Any]) -> Saved:
     config: Config = load_config(OmegaConf.merge(kept, overrides))  # type: ignore[arg-type]
     # However many processes trained it, one scores it.
     hardware = dataclasses.replace(config.hardware, num_processes=1, strategy="ddp")
-    return Saved(folder, dataclasses.replace(config, hardware=hardware), tensors, meta)
+    return Saved(folder, dataclasses.replace(config, hardware=hardware), tensors, meta, key)
 
 
-def refuse_rewriting(saved: Saved) -> None:
-    """Raises UserError for a method that is made of its task's text, which says nothing about other texts."""
-    if spec_of(saved.config.method).rewrite is not None:
+def refuse_bound_to_task(saved: Saved) -> None:
+    """Raises UserError for a method that rewrites its task's text, or scores its task's labels: it says nothing about
+    other texts."""
+    method = saved.config.method
+    if spec_of(method).rewrite is not None or type(method).problems_with is not MethodConfig.problems_with:
         raise UserError(
-            f"checkpoint = {saved.folder}: method {saved.config.method.name} rewrites its task's text and has nothing "
-            "to say about any other; give the checkpoint of another method, zero_shot for the bare backbone"
+            f"checkpoint = {saved.folder}: method {method.name} is made for the text or labels of its task and has "
+            "nothing to say about any other; give the checkpoint of another method, zero_shot for the bare backbone"
         )
 
 
@@ -112,10 +117,10 @@ def build_model(saved: Saved) -> tuple[AdaptedModel, Accelerator]:
     backbone = build_backbone(
         config.backbone, precision=hardware.precision, attention=hardware.attention, device=accelerator.device
     )
-    check_backbone(backbone.identity(), saved.meta["backbone"], saved.folder)
+    check_backbone(backbone.identity(), saved.meta["backbone"], saved.folder, saved.key)
     method = spec_of(config.method).build(config.method, backbone)
     model = AdaptedModel(backbone, method, precision=hardware.precision)
-    put_back(model, saved.tensors, f"checkpoint = {saved.folder}")
+    put_back(model, saved.tensors, f"{saved.key} = {saved.folder}")
     return model, accelerator
 
 

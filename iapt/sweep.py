@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from iapt.checkpoint import STATE, SUMMARY, read_summary, write_json
+from iapt.checkpoint import ADAPTER, META, STATE, SUMMARY, read_summary, write_json
 from iapt.config import Config, to_dict
 from iapt.paths import JOBS
 
@@ -62,9 +62,18 @@ def cell_id(config: Config) -> str:
     """16 hexadecimal digits that stand for all of a configuration that its result depends on.
 
     Args:
-        config: checked by `load_config`, local paths absolute. Of local data files the content counts, not the place.
+        config: checked by `load_config`, local paths absolute. Of local data files, and of the adapters that the
+            method's settings name, the content counts, not the place.
     """
-    return hash_of({**to_dict(config), "data": _data_digest(config)})
+    settings = {**to_dict(config), "data": _data_digest(config)}
+    for key, folder in config.method.adapters().items():
+        if folder is None:  # a sweep begun before there was such a setting keeps its cells
+            del settings["method"][key]
+        else:
+            settings["method"][key] = _adapter_digest(Path(folder)) or folder
+    if config.task.source.builder == "none":  # likewise
+        del settings["task"]["source"]["builder"]
+    return hash_of(settings)
 
 
 def hash_of(settings: dict[str, Any]) -> str:
@@ -194,6 +203,15 @@ def _data_digest(config: Config) -> str | None:
         return None
     files = sorted(path for path in folder.iterdir() if path.suffix in SUFFIXES and path.is_file())
     parts = [(path.name, _file_digest(path, path.stat().st_mtime_ns, path.stat().st_size)) for path in files]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+
+
+def _adapter_digest(folder: Path) -> str | None:
+    """Of an adapter's files; None if it is not there."""
+    files = [folder / name for name in (ADAPTER, META)]
+    if not all(path.is_file() for path in files):
+        return None
+    parts = [_file_digest(path, path.stat().st_mtime_ns, path.stat().st_size) for path in files]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 

@@ -8,7 +8,8 @@ loss is summed over its response tokens and divided by the count of the whole ba
 tokens by how they happened to be dealt out).
 
 A method may ask for first-order bi-level training (label S, after DARTS): then a step is two, one on a train batch
-for most parameters and one on a held-out batch for the others, each with the rest fixed.
+for most parameters and one on a held-out batch for the others, each with the rest fixed. A method may also change what
+is trained in the middle of a run (`Method.renew`), and say which adapters may be kept (`Method.selectable`).
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -41,7 +43,7 @@ class TrainResult:
 
     Attributes:
         steps: optimiser steps taken.
-        best_step: the step whose adapter is kept; 0 is the untrained start.
+        best_step: the step whose adapter is kept, among those that the method lets be kept; 0 is the untrained start.
         best_dev_loss: its dev loss, nats a token.
         seconds: wall time of the steps, evaluation left out.
         tokens_per_second: instruction and response tokens, padding not counted, over all processes.
@@ -93,12 +95,10 @@ class Trainer:
         assert model.method is not None
         self.method = model.method
         self.batch_size = config.batch_size or protocol_batch_size(len(train))
-        self.phases = phases(model, train, dev, self.batch_size, seed, config.group_by_length)
-        self.total = config.max_steps or config.epochs * self.phases[0].batches.per_epoch
-        self.groups = model.parameter_groups(config.learning_rate, config.weight_decay)
-        self.optimizer = torch.optim.AdamW(self.groups)
-        warmup = math.ceil(config.warmup_ratio * self.total)
-        self.schedule = get_linear_schedule_with_warmup(self.optimizer, warmup, self.total)
+        self._make_phases = partial(phases, model, train, dev, self.batch_size, seed, config.group_by_length)
+        self.total = config.max_steps or config.epochs * self._make_phases()[0].batches.per_epoch
+        self.method.start(self.total)
+        self._begin(0)
         self.step = self.best_step = self.stale = self.tokens = 0
         self.seconds = 0.0
         self.best_loss = math.inf
@@ -111,16 +111,16 @@ class Trainer:
             TrainingError: a loss that is not finite.
             UserError: a state that cannot be read.
         """
-        self.method.start(self.total)
-        if resume:
-            self._restore()
-        if self.step == 0 and not self.best:
+        if not (resume and self._restore()):
             self._evaluate()  # so that "no better than the untrained adapter" is a possible outcome
         self.tracker.start_progress(self.total, self.step)
         try:
             while self.step < self.total and self.stale < self.config.patience:
                 self._train_step()
-                if self.step % self.config.eval_every == 0 or self.step == self.total:
+                renewed = self.method.renew(self.step)
+                if renewed:
+                    self._begin(self.step)
+                if renewed or self.step % self.config.eval_every == 0 or self.step == self.total:
                     self._evaluate()
         finally:
             self.tracker.stop_progress()
@@ -134,6 +134,16 @@ class Trainer:
         """Drop the resumable state: the run's results are written."""
         if self.accelerator.is_main_process:
             drop_state(self.folder)
+
+    def _begin(self, step: int) -> None:
+        """From `step` on the parameters that the method trains now, an optimiser without memory, and a schedule for the
+        steps that are left."""
+        self.begun, left = step, self.total - step
+        self.phases = self._make_phases()
+        self.groups = self.model.parameter_groups(self.config.learning_rate, self.config.weight_decay)
+        self.optimizer = torch.optim.AdamW(self.groups)
+        warmup = math.ceil(self.config.warmup_ratio * left)
+        self.schedule = get_linear_schedule_with_warmup(self.optimizer, warmup, left)
 
     def _train_step(self) -> None:
         start = time.perf_counter()
@@ -204,18 +214,22 @@ class Trainer:
         return float(total)
 
     def _evaluate(self) -> None:
-        """Dev loss; keep the adapter if it is the best; save the state a killed run continues from."""
+        """Dev loss; keep the adapter if it is the best that may be kept; save the state a killed run continues from."""
         loss = mean_loss(self.model, self.dev_items, self.config.eval_batch_size, self.accelerator)
         if not math.isfinite(loss):
             raise TrainingError(f"dev loss is {loss} at step {self.step}")
-        better = loss < self.best_loss
+        # The last step's may be kept whatever the method says: there is something to keep at every run's end.
+        selectable = self.step == self.total or self.method.selectable(self.step)
+        better = selectable and loss < self.best_loss
         if better:
             self.best_loss, self.best_step, self.stale = loss, self.step, 0
             self.best = self.model.adapter_state()
-        else:
+        elif selectable:
             self.stale += 1
         self.tracker.log(self.step, {"dev_loss": loss})
         note = "best so far" if better else f"best {self.best_loss:.4f} at step {self.best_step}"
+        if not selectable:
+            note = "too early to be kept"
         self.tracker.say(f"step {self.step}/{self.total}  dev loss {loss:.4f}  ({note})")
         random_states = gather_object([_random_state(self.accelerator.device)])
         if not self.accelerator.is_main_process:
@@ -226,6 +240,7 @@ class Trainer:
             self.folder,
             {
                 "step": self.step,
+                "begun": self.begun,
                 "adapter": self.model.adapter_state(),
                 "optimizer": self.optimizer.state_dict(),
                 "schedule": self.schedule.state_dict(),
@@ -240,22 +255,25 @@ class Trainer:
             },
         )
 
-    def _restore(self) -> None:
+    def _restore(self) -> bool:
+        """Put a saved state back; False if there is none."""
         state = load_state(self.folder)
         if state is None:
             self.tracker.rewind(-1)
-            return
+            return False
         self.model.load_adapter_state(state["adapter"])
+        self.method.load_training_state(state["method"])
+        self._begin(state["begun"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])
         for name in ("step", "best", "best_step", "best_loss", "stale", "tokens", "seconds"):
             setattr(self, name, state[name])
-        self.method.load_training_state(state["method"])
         states = state["random"]
         if len(states) == self.accelerator.num_processes:  # else: resumed on other hardware, nothing to put back
             _set_random_state(states[self.accelerator.process_index], self.accelerator.device)
         self.tracker.rewind(self.step)
         self.tracker.say(f"resumed at step {self.step}")
+        return True
 
 
 def _random_state(device: torch.device) -> dict[str, Tensor]:

@@ -129,7 +129,7 @@ MUTANTS = [
     Mutant(
         "7 a late prompt is seen below its layer",
         "iapt/hooks.py",
-        "if index < method.first_layer and plan.soft is not None:",
+        "if index in plan.hidden and plan.soft is not None:",
         "if False:",
         "test_7_no_token_sees and llama",
     ),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -239,6 +240,14 @@ def test_collate() -> None:
     assert batch.indices.tolist() == [7, 3]
     assert batch.instruction_ids.dtype == batch.choice_ids.dtype == torch.int64
     assert batch.instruction_mask.dtype == batch.choice_mask.dtype == torch.bool
+
+
+def test_a_batch_knows_its_labels_if_every_example_does() -> None:
+    known = [Encoded(0, (5, 6), (8,), ((8,), (9,)), label=1), Encoded(1, (5, 6), (9,), ((8,), (9,)), label=0)]
+    labels = collate(known, pad_id=PAD).labels
+    assert labels is not None
+    assert labels.tolist() == [1, 0]
+    assert collate([known[0], replace(known[1], label=None)], pad_id=PAD).labels is None
 
 
 def test_a_batch_without_choices_moves_to_a_device() -> None:

@@ -19,12 +19,13 @@ from iapt.methods import METHODS, MethodConfig, MethodSpec, SizeKnob, register, 
 from iapt.paths import CONFIG_DIR
 from tests.contracts.conftest import build_backbone
 
-TASK = {"name": "any", "template": "{text}"}
+TASK = {"name": "any", "template": "{text}", "label_column": "label", "label_words": ["no", "yes"]}
 METHOD_FILES = sorted((Path(CONFIG_DIR) / "method").glob("*.yaml"))
+NEEDS = {"panda": {"init_from": "run"}, "post": {"source": "run"}}
 
 
 def shipped(path: Path, **settings: Any) -> MethodConfig:
-    method = OmegaConf.merge(yaml.safe_load(path.read_text()), settings)
+    method = OmegaConf.merge(yaml.safe_load(path.read_text()), NEEDS.get(path.stem, {}), settings)
     config: Config = load_config({"task": TASK, "method": method})
     return config.method
 

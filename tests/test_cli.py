@@ -240,8 +240,9 @@ def test_a_sweep_goes_on_after_a_failure_and_ends_in_one_table(
 
 
 def test_a_glob_runs_every_method(runs: Runs, command: Command) -> None:
-    code, out, _ = command("-m", "method=glob(*)", "hydra.sweep.dir=sweep")
-    names = sorted(path.stem for path in (CONFIG_DIR / "method").glob("*.yaml"))
+    """All but those that need another run's folder."""
+    code, out, _ = command("-m", "method=glob(*, exclude=[panda, post])", "hydra.sweep.dir=sweep")
+    names = sorted({path.stem for path in (CONFIG_DIR / "method").glob("*.yaml")} - {"panda", "post"})
     assert code == 0
     assert sorted(config.method.name for config, _ in runs) == names
     assert f"{len(names)} of {len(names)} runs finished" in out

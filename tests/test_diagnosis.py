@@ -50,6 +50,14 @@ FLAT = {"test": 0.5025, "dev_losses": [(0, 0.75), (25, 0.7), (50, 0.69)]}
             {**FLAT, "best_step": 25, "dev_losses": [(0, 0.75), (25, 0.69), (50, 1.3)], "total": 150},
             f"{WITHIN}; dev loss fell 0.75 -> 0.69 by step 25, then rose to 1.30, stopped early at 50 of 150",
         ),
+        (  # the lowest one was not kept
+            {**FLAT, "dev_losses": [(0, 0.75), (25, 0.1), (50, 0.69)]},
+            f"{WITHIN}; dev loss fell 0.75 -> 0.69 and was still falling: more steps?",
+        ),
+        (
+            {"best_step": 25, "dev_losses": [(0, 0.75), (20, 0.1), (25, 0.76), (50, 0.77)]},
+            "dev loss never fell below its start (0.75): try another method.learning_rate (now 0.003)",
+        ),
         ({**FLAT, "answers": ["no"] * 400}, f"answers 'no' to 100% of test; {WITHIN}"),
         ({"test": 0.4, "dev_losses": []}, "test 40.0 is below zero-shot 50.0"),
         (

@@ -330,9 +330,10 @@ def test_data_that_cannot_be_loaded(place: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
-def test_a_method_made_of_its_tasks_text_is_refused(tmp_path: Path) -> None:
-    experiment.run(config("sentiment", "in_context", zero_shot=False), tmp_path / "run")
-    with pytest.raises(UserError, match="method in_context rewrites its task's text"):
+@pytest.mark.parametrize("method", ["in_context", "ptec", "sciprompt"])
+def test_a_method_made_for_its_tasks_text_or_labels_is_refused(tmp_path: Path, method: str) -> None:
+    experiment.run(config("sentiment", method, zero_shot=False), tmp_path / "run")
+    with pytest.raises(UserError, match=f"method {method} is made for the text or labels"):
         evaluate(tmp_path / "run", tmp_path / "out", {}, HarnessConfig(tasks=["mmlu"]))
 
 

@@ -20,6 +20,7 @@ from tests.contracts.conftest import Case, build_model, examples
 
 IAPT = Case("iapt", {"bottleneck": 8})
 PROMPT = Case("prompt_tuning")
+SPT = Case("spt", {"bottleneck": 8, "keep": 2})
 ITEMS = examples(22)
 
 
@@ -88,9 +89,9 @@ def test_accumulated_gradients_equal_one_pass(tmp_path: Path, accumulation: int)
     assert parts.best_dev_loss == pytest.approx(plain.best_dev_loss, rel=1e-4)
 
 
-# Dropout in one of them: the random state has to be resumed as well.
-@pytest.mark.parametrize("case", [IAPT, Case("idpg", {"phm_n": 4})], ids=lambda c: c.method)
-@pytest.mark.parametrize("killed_at", [3, 6, 11])
+# Dropout in one of them: the random state has to be resumed as well. SPT begins anew at step 6.
+@pytest.mark.parametrize("case", [IAPT, Case("idpg", {"phm_n": 4}), SPT], ids=lambda c: c.method)
+@pytest.mark.parametrize("killed_at", [3, 5, 6, 11])
 def test_resumed_equals_uninterrupted(tmp_path: Path, case: Case, killed_at: int):
     def finish(folder: Path) -> TrainResult:
         return make(folder, case=case).run(resume=True)
@@ -113,6 +114,72 @@ def test_resumed_equals_uninterrupted(tmp_path: Path, case: Case, killed_at: int
     assert all(torch.equal(result.best[k], v) for k, v in whole.best.items())
     for key in ("train_loss", "dev_loss", "learning_rate"):
         assert curve(tmp_path / "resumed", key) == curve(tmp_path / "whole", key)
+
+
+def test_what_may_not_be_kept_is_not_and_wears_no_patience(tmp_path: Path):
+    trainer = make(tmp_path / "late", max_steps=40, eval_every=8)
+    trainer.method.selectable = lambda step: step in (8, 16)  # type: ignore[method-assign]
+    result = trainer.run()
+    losses = dict(curve(tmp_path / "late", "dev_loss"))
+    assert result.best_dev_loss == min(losses[step] for step in (8, 16, 40)) == losses[result.best_step]
+    assert result.best_step in (8, 16, 40)
+    idle = {"learning_rate": 1e-30, "max_steps": 100, "patience": 2, "case": PROMPT}
+    trainer = make(tmp_path / "idle", **idle)
+    trainer.method.selectable = lambda step: step >= 12  # type: ignore[method-assign]
+    result = trainer.run()
+    assert (result.best_step, result.steps) == (12, 20)
+
+
+def test_the_last_step_may_always_be_kept(tmp_path: Path):
+    trainer = make(tmp_path, max_steps=6)
+    trainer.method.selectable = lambda step: False  # type: ignore[method-assign]
+    result = trainer.run()
+    assert (result.best_step, result.steps) == (6, 6)
+    assert all(torch.equal(t, result.best[k]) for k, t in trainer.model.adapter_state().items())
+
+
+def test_a_resumed_run_does_not_look_at_the_start_again(tmp_path: Path):
+    for resume in (False, True):
+        trainer = make(tmp_path)
+        trainer.method.selectable = lambda step: step > 0  # type: ignore[method-assign]
+        trainer._train_step = lambda: (_ for _ in ()).throw(KeyboardInterrupt)  # type: ignore[method-assign]
+        with pytest.raises(KeyboardInterrupt):
+            trainer.run(resume=resume)
+    assert [step for step, _ in curve(tmp_path, "dev_loss")] == [0]
+
+
+def test_training_begins_anew_where_a_method_says_so(tmp_path: Path):
+    trainer = make(tmp_path, max_steps=20, warmup_ratio=0.2, eval_every=20, case=PROMPT)
+    trainer.method.renew = lambda step: step == 10  # type: ignore[method-assign]
+    trainer.run()
+    # Two schedules after each other, the optimiser counts from the second one, and the new start is looked at.
+    rates = [rate for _, rate in curve(tmp_path, "learning_rate")]
+    before = [5e-3 * min(step / 4, (20 - step) / 16) for step in range(10)]
+    after = [5e-3 * min(step / 2, (10 - step) / 8) for step in range(10)]
+    assert rates == pytest.approx(before + after)
+    assert [int(state["step"]) for state in trainer.optimizer.state.values()] == [10]
+    assert [step for step, _ in curve(tmp_path, "dev_loss")] == [0, 10, 20]
+
+
+def test_a_search_ends_in_a_run_of_its_own(tmp_path: Path):
+    """SPT: gates learn on held-out batches up to the switch; then the kept generators alone, on all of train."""
+    trainer = make(tmp_path, case=SPT, max_steps=12, learning_rate=5e-2)
+    start = trainer.model.adapter_state()
+    assert [len(phase.parameters) for phase in trainer.phases] == [6, 1]
+    result = trainer.run()
+    assert [step for step, _ in curve(tmp_path, "dev_loss")] == [0, 4, 6, 8, 12]
+    assert [step for step, _ in curve(tmp_path, "held_out_loss")] == [1, 2, 3, 4, 5, 6]
+    assert [len(phase.parameters) for phase in trainer.phases] == [4]
+    assert sum(len(trainer.phases[0].batches(step)) for step in range(3)) == len(ITEMS)
+    assert result.best_step >= 6
+    gates, kept = result.best["gates"], result.best["kept"]
+    assert not torch.equal(gates, start["gates"])
+    assert set(gates.topk(2).indices.tolist()) == set(kept.nonzero().flatten().tolist())
+    end = trainer.model.adapter_state()
+    for name, tensor in start.items():
+        if name.startswith("generators."):
+            unchanged = not kept[int(name.split(".")[1])] or result.best_step == 6
+            assert torch.equal(end[name], tensor) == unchanged, name
 
 
 def test_state_disappears_with_the_end(tmp_path: Path):

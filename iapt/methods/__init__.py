@@ -11,7 +11,7 @@ import importlib
 import pkgutil
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     from iapt.backbone import Backbone
     from iapt.batch import Batch
+    from iapt.config import TaskConfig
     from iapt.model import AdaptedModel
     from iapt.tasks import Task
 
@@ -56,9 +57,29 @@ class MethodConfig:
         """Contradictions between this method's own fields, one line each."""
         return []
 
+    def problems_with(self, task: TaskConfig) -> list[str]:
+        """Contradictions between this method and a task, one line each."""
+        return []
+
     def size_knob(self) -> SizeKnob | None:
         """What `budget` may set; None: the backbone alone decides the number of trained parameters."""
         return None
+
+    def adapters(self) -> dict[str, str | None]:
+        """The settings that name a run or adapter folder, and what they say."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.metadata.get("adapter")}
+
+
+@dataclass
+class SoftPromptConfig(MethodConfig):
+    """What every prompt-space method's schema starts with.
+
+    `init_from` is the folder of a run, or of an adapter, that training starts from: soft prompt transfer (SPoT, Vu et
+    al., ACL 2022; PoT, Su et al., NAACL 2022). It is of the same method, size and backbone; `post` leads from one
+    backbone to another.
+    """
+
+    init_from: str | None = field(default=None, metadata={"adapter": True})
 
 
 @dataclass(frozen=True)
@@ -111,12 +132,42 @@ class Method(nn.Module):
     def after_step(self, step: int) -> None:
         """Optimiser step `step` (from 1) was taken; the gradients still stand."""
 
+    def renew(self, step: int) -> bool:
+        """Change what is trained now that step `step` (from 1) lies behind; say whether anything was changed.
+
+        Where it was, training starts anew: the trainer asks for `trainable`, `own_rates` and `bilevel` again, forgets
+        what its optimiser remembers, warms up and decays over the steps that are left, and looks at the dev loss.
+        """
+        return False
+
+    def selectable(self, step: int) -> bool:
+        """Whether the adapter as it is after step `step` (0: untrained) may be the one that is kept.
+
+        Where it may not, its dev loss is looked at but wears no patience. The run's last step always may.
+        """
+        return True
+
     def training_state(self) -> dict[str, Any]:
-        """What `after_step` keeps and a resumed run needs besides the parameters; plain values and tensors."""
+        """What `after_step` and `renew` keep and a resumed run needs besides the parameters: values and tensors."""
         return {}
 
     def load_training_state(self, state: dict[str, Any]) -> None:
-        """Put back what `training_state` gave."""
+        """Put back what `training_state` gave; `start` was called before, parameters and buffers are the saved ones."""
+
+    def objective(self, model: AdaptedModel, batch: Batch) -> Tensor | None:
+        """What is minimised instead of the response tokens' cross-entropy, on `batch` of the adapted `model`.
+
+        Asked in training and for the dev loss; `self.training` tells them apart.
+
+        Returns:
+            A scalar, the sum over the batch in which a row counts once for each of its response tokens, as it does
+            in the cross-entropy; None for the cross-entropy itself.
+        """
+        return None
+
+    def choose(self, model: AdaptedModel, batch: Batch) -> Tensor | None:
+        """Scores (B, C) of every row's choices instead of their log-likelihoods; None for those."""
+        return None
 
     def adjust_scores(self, scores: Tensor) -> Tensor:
         """Log-likelihoods of the choices (B, C) -> the scores that predictions are made from."""
@@ -145,15 +196,29 @@ class SoftPrompt(Method):
         reads: what `forward` is handed as states: `layers`, each layer's input states of the instruction;
             `encoding`, the bare backbone's last hidden states at every layer (S-IDPG's separate frozen
             pass); `nothing`, when it never looks at them.
-        first_layer: below this layer no other token sees the soft columns.
+        hides: whether `hidden_layers` may ever hold anything.
+        hidden_layers: the decoder layers in which no other token sees the soft columns; asked at the start of every
+            pass over an instruction, so training may change it.
         edits_cache: whether `keys_values` is asked.
+        edits_embeddings: whether `edit_embeddings` is asked; only with `before_instruction`.
+        starts_from: other registered methods whose adapters `init_from` may name.
+        scales: whether `scale` is asked, and for which of `query`, `key`, `value`, `inner` (the feed-forward's inner
+            linear map); only with `before_instruction`.
     """
 
     num_soft_tokens: int
     position: str
     reads: str = "layers"
-    first_layer: int = 0
+    hides: bool = False
+    hidden_layers: frozenset[int] = frozenset()
     edits_cache: bool = False
+    edits_embeddings: bool = False
+    scales: tuple[str, ...] = ()
+    starts_from: tuple[str, ...] = ()
+
+    def adopt(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The state to start from, by name, given the tensors of the adapter that `init_from` names."""
+        return tensors
 
     def input_embeddings(self) -> Tensor | None:
         """(s, d): soft tokens that enter as token embeddings do, ahead of whatever the model does to those
@@ -164,7 +229,7 @@ class SoftPrompt(Method):
         """The soft tokens that go into decoder layer `layer`.
 
         Args:
-            layer: 0-based index of the decoder layer about to run.
+            layer: 0-based index of the decoder layer about to run; never one of `hidden_layers`.
             states: (B, N, d) hidden states of the instruction's tokens right before that layer.
             mask: (B, N) bool, False on padding.
             previous: (B, s, d) what stands at the soft positions now: at layer 0 `input_embeddings` or zeros,
@@ -187,6 +252,33 @@ class SoftPrompt(Method):
             Both, replaced or changed, shapes and dtypes kept.
         """
         return keys, values
+
+    def edit_embeddings(self, words: Tensor, mask: Tensor) -> Tensor:
+        """The instruction's token embeddings as the model shall see them: asked only with `edits_embeddings`.
+
+        Args:
+            words: (B, N, d) the frozen table's rows, before the model scales them or adds positions.
+            mask: (B, N) bool, False on padding, which is on the left.
+
+        Returns:
+            (B, N, d) in any float dtype. What it says on padding reaches nothing.
+        """
+        return words
+
+    def scale(self, layer: int, states: Tensor, mask: Tensor) -> dict[str, Tensor]:
+        """Vectors that multiply what linear maps of decoder layer `layer` put out: asked only with `scales`.
+
+        They hold for every column of their row, the instruction's and all that follow it.
+
+        Args:
+            layer: 0-based index of the decoder layer about to run.
+            states: (B, N, d) hidden states of the instruction's tokens right before that layer.
+            mask: (B, N) bool, False on padding.
+
+        Returns:
+            One of `scales` -> (B, width of that map's output) in any float dtype.
+        """
+        return {}
 
 
 class WeightMethod(Method):

@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from iapt.activations import observe, write_activations
-from iapt.methods import BiLevel, MethodConfig, MethodSpec, SizeKnob, SoftPrompt, register
+from iapt.methods import BiLevel, MethodSpec, SizeKnob, SoftPrompt, SoftPromptConfig, register
 from iapt.nn.pooling import last_tokens, segment_pool, self_attention_pool
 from iapt.nn.rational import FITS, FUNCTIONS, Rational
 
@@ -38,7 +38,7 @@ ACTIVATIONS = ("rational", "relu", "gelu", "silu", "tanh", "identity")
 
 
 @dataclass
-class IaptConfig(MethodConfig):
+class IaptConfig(SoftPromptConfig):
     """The generator, and the switches of the paper's ablations.
 
     Attributes:

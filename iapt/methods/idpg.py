@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from iapt.errors import UserError
-from iapt.methods import MethodConfig, MethodSpec, SizeKnob, SoftPrompt, register
+from iapt.methods import MethodSpec, SizeKnob, SoftPrompt, SoftPromptConfig, register
 from iapt.nn.phm import PHMLinear, phm_parameters
 from iapt.nn.pooling import mean_pool
 
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class IdpgConfig(MethodConfig):
+class IdpgConfig(SoftPromptConfig):
     """Defaults are the authors' shipped ones: 5 tokens, bottleneck 16, PHM with n = 16, dropout 0.1."""
 
     num_soft_tokens: int = field(default=5, metadata={"minimum": 1})

@@ -16,14 +16,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from iapt.methods import MethodConfig, MethodSpec, SizeKnob, SoftPrompt, register
+from iapt.methods import MethodSpec, SizeKnob, SoftPrompt, SoftPromptConfig, register
 
 if TYPE_CHECKING:
     from iapt.backbone import Backbone
 
 
 @dataclass
-class LopaConfig(MethodConfig):
+class LopaConfig(SoftPromptConfig):
     """`rank` is r; `head_width` the heads' inner width, null for the backbone's, as the authors have the encoder's."""
 
     num_soft_tokens: int = field(default=10, metadata={"minimum": 1})

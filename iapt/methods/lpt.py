@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from iapt.errors import UserError
-from iapt.methods import MethodConfig, MethodSpec, SizeKnob, SoftPrompt, register
+from iapt.methods import MethodSpec, SizeKnob, SoftPrompt, SoftPromptConfig, register
 from iapt.nn.pooling import segment_pool
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class LptConfig(MethodConfig):
+class LptConfig(SoftPromptConfig):
     """`layer`: how many layers run before the soft tokens enter; null: half of them. `reduce` is read with generator
     pooling. The authors use 5 soft tokens and a bottleneck of 128."""
 
@@ -52,20 +52,22 @@ class LptConfig(MethodConfig):
 
 
 class Lpt(SoftPrompt):
-    """One generator, `down` (d -> m) and `up` (m -> s d, or m -> d with pooling), at `first_layer`."""
+    """One generator, `down` (d -> m) and `up` (m -> s d, or m -> d with pooling), at `layer`."""
 
     def __init__(self, config: LptConfig, layer: int, width: int) -> None:
         super().__init__()
         self.config = config
         self.num_soft_tokens = config.num_soft_tokens
         self.position = config.position
-        self.first_layer = layer
+        self.layer = layer
+        self.hidden_layers = frozenset(range(layer))
+        self.hides = layer > 0
         self.down = nn.Linear(width, config.bottleneck)
         self.up = nn.Linear(config.bottleneck, width * (config.num_soft_tokens if config.generator == "naive" else 1))
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, layer: int, states: Tensor, mask: Tensor, previous: Tensor) -> Tensor | None:
-        if layer != self.first_layer:
+        if layer != self.layer:
             return None
         states = states.to(torch.promote_types(states.dtype, self.down.weight.dtype))
         if self.config.normalize_input:

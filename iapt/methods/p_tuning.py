@@ -17,14 +17,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from iapt.methods import MethodConfig, MethodSpec, SizeKnob, SoftPrompt, register
+from iapt.methods import MethodSpec, SizeKnob, SoftPrompt, SoftPromptConfig, register
 
 if TYPE_CHECKING:
     from iapt.backbone import Backbone
 
 
 @dataclass
-class PTuningConfig(MethodConfig):
+class PTuningConfig(SoftPromptConfig):
     """`encoder_width`: the mlp's inner width, or what the LSTM's two directions make together; null: the
     backbone's, so each direction has half of it."""
 

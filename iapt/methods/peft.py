@@ -183,8 +183,8 @@ class AdaLora(Peft):
     """AdaLoRA (Zhang et al., ICLR 2023), W' = W + P diag(E) Q: the least important triplets lose their E, until
     `target_r` a module on average are left.
 
-    `tinit` (steps before pruning) is a tenth of the run and `tfinal` (steps after it) a fifth unless given. A run that
-    ends early, or whose best checkpoint is an early one, is not fully pruned.
+    `tinit` (steps before pruning) is a tenth of the run and `tfinal` (steps after it) a fifth unless given. Only a
+    fully pruned adapter is ever chosen as the best, or the untrained one.
     """
 
     def __init__(self, config: PeftConfig, backbone: Backbone) -> None:
@@ -217,6 +217,10 @@ class AdaLora(Peft):
         # The pruning that ends the schedule goes by importances of steps before it.
         if self._schedule.total_step - self._schedule.tfinal > 1:
             self._tuner[0].update_and_allocate(step)
+
+    def selectable(self, step: int) -> bool:
+        """Once pruning has ended; and untrained, when E is zero everywhere."""
+        return step == 0 or step >= self._schedule.total_step - self._schedule.tfinal
 
     def training_state(self) -> dict[str, Any]:
         return {

@@ -21,14 +21,14 @@ import torch
 from torch import Tensor, nn
 
 from iapt.errors import UserError
-from iapt.methods import MethodConfig, MethodSpec, SizeKnob, SoftPrompt, register
+from iapt.methods import MethodSpec, SizeKnob, SoftPrompt, SoftPromptConfig, register
 
 if TYPE_CHECKING:
     from iapt.backbone import Backbone
 
 
 @dataclass
-class PrefixTuningConfig(MethodConfig):
+class PrefixTuningConfig(SoftPromptConfig):
     """`mlp_width` is read with reparameterization mlp, `low_dim` with projected. `init_std`: standard deviation of
     what a layer is given at the start with none and projected; the mlp starts as torch's linear maps do."""
 

@@ -9,14 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from iapt.errors import UserError
-from iapt.methods import MethodConfig, MethodSpec, SizeKnob, SoftPrompt, register
+from iapt.methods import MethodSpec, SizeKnob, SoftPrompt, SoftPromptConfig, register
 
 if TYPE_CHECKING:
     from iapt.backbone import Backbone
 
 
 @dataclass
-class PromptTuningConfig(MethodConfig):
+class PromptTuningConfig(SoftPromptConfig):
     """`init`: random draws N(0, `init_std`^2), vocabulary copies embeddings of random tokens, text copies the
     embeddings of `init_text`, repeated or cut to `num_soft_tokens`."""
 
@@ -55,21 +55,24 @@ class PromptTuning(SoftPrompt):
         return None
 
 
-def build(config: PromptTuningConfig, backbone: Backbone) -> PromptTuning:
-    """Raises UserError if `init_text` has no tokens."""
+def draw_start(config: PromptTuningConfig, backbone: Backbone) -> Tensor:
+    """The soft tokens (s, d) at their start. Raises UserError if `init_text` has no tokens."""
     s, table = config.num_soft_tokens, backbone.embeddings
     if config.init == "random":
-        start = torch.randn(s, backbone.hidden_size) * config.init_std
+        return torch.randn(s, backbone.hidden_size) * config.init_std
+    if config.init == "vocabulary":
+        ids = torch.randint(len(backbone.tokenizer), (s,))
     else:
-        if config.init == "vocabulary":
-            ids = torch.randint(len(backbone.tokenizer), (s,))
-        else:
-            ids = torch.tensor(backbone.tokenizer.encode(config.init_text, add_special_tokens=False), dtype=torch.long)
-            if not len(ids):
-                raise UserError(f"method.init_text = {config.init_text!r}: the tokenizer finds no token in it")
-            ids = ids.repeat(s // len(ids) + 1)[:s]
-        start = backbone.embed(ids.to(table.weight.device)).detach().cpu()
-    return PromptTuning(start, config.position)
+        ids = torch.tensor(backbone.tokenizer.encode(config.init_text, add_special_tokens=False), dtype=torch.long)
+        if not len(ids):
+            raise UserError(f"method.init_text = {config.init_text!r}: the tokenizer finds no token in it")
+        ids = ids.repeat(s // len(ids) + 1)[:s]
+    return backbone.embed(ids.to(table.weight.device)).detach().cpu()
+
+
+def build(config: PromptTuningConfig, backbone: Backbone) -> PromptTuning:
+    """Raises UserError as `draw_start` does."""
+    return PromptTuning(draw_start(config, backbone), config.position)
 
 
 def count(config: PromptTuningConfig, backbone: Backbone) -> int:

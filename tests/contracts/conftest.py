@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 from iapt.backbone import Backbone
 from iapt.batch import Batch, Encoded, collate
 from iapt.methods import METHODS
+from iapt.methods.post import Post
 from iapt.model import AdaptedModel
 
 VOCABULARY = 67
@@ -98,6 +99,26 @@ CASES = [
     Case("lpt", {"generator": "naive", "bottleneck": 8}),
     Case("lpt", {"generator": "pooling", "reduce": "max", "layer": 2, "position": "after_instruction"}),
     Case("lopa", {"rank": 2, "head_width": 8}),
+    Case("id_spam", {"num_soft_tokens": 5, "attention_width": 6, "bottleneck": 8}),
+    Case("id_spam", {"layer": 2, "position": "after_instruction", "attention_width": None, "bottleneck": 8}),
+    # Some instructions of every mixture are shorter than 6 tokens.
+    Case("ipt", {"encoder": "mlp", "num_soft_tokens": 6, "bottleneck": 8}),
+    Case("ipt", {"encoder": "lstm", "num_soft_tokens": 6, "position": "after_instruction", "bottleneck": 8}),
+    Case("ipt", {"encoder": "identity", "num_soft_tokens": 6, "bottleneck": 8}),
+    Case("para", {"bottleneck": 6}),
+    Case("para", {"activation": "tanh", "bottleneck": 6}),
+    # Some instructions are longer than 6 tokens, and rows of one batch end at different positions.
+    Case("dept", {"num_soft_tokens": 3, "rank": 2, "max_offsets": 6}),
+    Case("adept", {"num_soft_tokens": 3, "bottleneck": 4}),
+    Case("ept", {"num_soft_tokens": 3, "rank": 2, "max_offsets": 6, "attention_width": 4, "projection_width": 4}),
+    Case("ptec", {"label_words": ("w3", "w4", "w5"), "num_soft_tokens": 4}),
+    Case("ptec", {"label_words": ("w3", "w4", "w5"), "num_soft_tokens": 4, "position": "after_instruction"}),
+    Case("sciprompt", {"label_words": ("w3", "w4", "w5"), "num_soft_tokens": 4}),
+    Case("sciprompt", {"label_words": ("w3", "w4", "w5"), "num_soft_tokens": 4, "position": "after_instruction"}),
+    Case("panda", {"num_soft_tokens": 4, "weight": 1.0}),
+    Case("panda", {"num_soft_tokens": 4, "schedule": "warmup_decay", "position": "after_instruction"}),
+    Case("post", {"num_soft_tokens": 4}),
+    Case("post", {"num_soft_tokens": 4, "alpha": 0.8, "position": "after_instruction"}),
     Case("peft", {"type": "LORA"}),
     Case("peft", {"type": "LORA", "options": {"use_dora": True}}),
     Case("peft", {"type": "LORA", "options": {"init_lora_weights": "pissa"}}),
@@ -119,6 +140,9 @@ CASES = [
     Case("full", {}),
     Case("iapt", {"position": "before_instruction", "bottleneck": 8}),
     Case("iapt", {"position": "after_instruction", "bottleneck": 8}),
+    Case("spt", {"bottleneck": 8}),
+    Case("spt", {"bottleneck": 8, "layers": [1]}),
+    Case("spt", {"bottleneck": 8, "layers": [0, 2], "reduce": "max", "position": "after_instruction"}),
     Case(
         "iapt", {"position": "before_instruction", "bottleneck": 8, "share_every": 2, "activation_training": "frozen"}
     ),
@@ -190,6 +214,8 @@ def build_model(case: Case, shape: str, **options: Any) -> AdaptedModel:
         for name, parameter in model.trainable().items():
             small = "activations" in name or "norm" in name
             parameter += torch.randn_like(parameter) * (0.01 if small else 0.2)
+    if isinstance(model.method, Post):
+        model.method.learn_from(build_model(Case("prompt_tuning", {"num_soft_tokens": 3}), "gpt2", seed=5), backbone)
     model.method.fit(model, [batch(examples(8, seed=21))])
     return model
 
@@ -202,7 +228,8 @@ def examples(count: int = 5, seed: int = 3) -> list[Encoded]:
         return tuple(torch.randint(3, VOCABULARY, (length,), generator=generator).tolist())
 
     return [
-        Encoded(i, (1, *draw(1 + (i * 7) % 11)), draw(1 + i % 4), (draw(1), draw(2), draw(3))) for i in range(count)
+        Encoded(i, (1, *draw(1 + (i * 7) % 11)), draw(1 + i % 4), (draw(1), draw(2), draw(3)), label=i % 3)
+        for i in range(count)
     ]
 
 
@@ -223,4 +250,5 @@ def batch(items: list[Encoded], extra_left: int = 0, extra_right: int = 0) -> Ba
         pad(made.choice_ids, 0, extra_right),
         pad(made.choice_mask, 0, extra_right),
         made.indices,
+        made.labels,
     )

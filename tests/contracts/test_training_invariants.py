@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import json
 import os
 import subprocess
@@ -102,7 +103,7 @@ def _run_job(folder: Path, cells: list[tuple[str, str]]) -> None:
         (folder / "cells.json").write_text(json.dumps(cells))
         done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
         (folder / "stderr.txt").write_text(done.stderr)
-        reached = [i for i, (case, shape) in enumerate(cells) if list(folder.glob(f"*/{case}-{shape}.*"))]
+        reached = [i for i, (case, shape) in enumerate(cells) if list(folder.glob(f"*/{glob.escape(case)}-{shape}.*"))]
         if done.returncode == 0 or not reached:
             return
         cells = cells[reached[-1] + 1 :]
@@ -110,7 +111,7 @@ def _run_job(folder: Path, cells: list[tuple[str, str]]) -> None:
 
 def test_9_two_processes_equal_one(case: Case, shape: str, whole: dict[str, Any], two_processes: Path):
     name = name_of(case, shape)
-    for error in two_processes.glob(f"*/{name}.error"):
+    for error in two_processes.glob(f"*/{glob.escape(name)}.error"):
         pytest.fail(error.read_text())
     files = [two_processes / str(rank) / f"{name}.pt" for rank in (0, 1)]
     assert all(f.exists() for f in files), (two_processes / "stderr.txt").read_text()[-3000:]

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
 from hydra import compose, initialize_config_dir
 from peft import AdaLoraConfig, LoraConfig, get_peft_model
 from torch import nn
@@ -16,12 +17,15 @@ from torch import nn
 from iapt.backbone import Backbone
 from iapt.batch import Batch
 from iapt.check import load_config
+from iapt.config import TrainerConfig
 from iapt.errors import ConfigError, UserError
 from iapt.methods import METHODS
 from iapt.methods.peft import AdaLora, PeftConfig
 from iapt.model import AdaptedModel
 from iapt.paths import CONFIG_DIR
-from tests.contracts.conftest import batch, build_backbone, examples
+from iapt.tracking import Tracker
+from iapt.trainer import Trainer
+from tests.contracts.conftest import Case, batch, build_backbone, build_model, examples
 
 LINEARS = 3 * 7  # adapted linear maps of the llama shape
 
@@ -184,6 +188,20 @@ def test_adalora_trains_for_any_number_of_steps(total: int):
     model = adalora(total, init_r=3)
     train(model, 1, total)
     assert sum(ranks(model)) == (2 if total > 1 else 3) * LINEARS
+
+
+def test_adalora_keeps_what_is_pruned(tmp_path: Path):
+    method = adalora(20, init_r=6, target_r=2).method
+    assert [step for step in range(21) if method.selectable(step)] == [0, 16, 17, 18, 19, 20]
+    case = Case("peft", {"type": "ADALORA", "options": {"init_r": 6, "target_r": 2}})
+    config = TrainerConfig(max_steps=20, batch_size=8, eval_every=1, learning_rate=5e-3)
+    accelerator = Accelerator(cpu=True)
+    trainer = Trainer(
+        build_model(case, "llama"), config, accelerator, examples(22), examples(9, seed=8),
+        seed=1, folder=tmp_path, tracker=Tracker(tmp_path, accelerator, "test"),
+    )  # fmt: skip
+    assert trainer.run().best_step >= 16
+    assert sum(ranks(trainer.model)) == 2 * LINEARS
 
 
 def test_adalora_refuses_a_schedule_without_pruning():

@@ -1,0 +1,83 @@
+"""ADePT: adaptive decomposed prompt tuning (Tang et al., ICLR 2025).
+
+A short soft prompt, and offsets of the frozen token embeddings that depend on the token instead of its position:
+
+    [P; E[x] + relu(E[x] A + a) B + b]        P (m, d), A (d, r), B (r, d), dropout on the relu's output
+
+B, a and b start at zero, so every offset does. P has a learning rate of its own, as in the authors' code.
+
+The port: an encoder edits all of its input; here the instruction's tokens are edited, the response's are not, in
+training as in decoding (I). A starts as torch's linear maps do, Kaiming-uniform within 1 / sqrt(d) (I).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from iapt.methods import MethodSpec, SizeKnob, SoftPrompt, SoftPromptConfig, register
+
+if TYPE_CHECKING:
+    from iapt.backbone import Backbone
+
+
+@dataclass
+class AdeptConfig(SoftPromptConfig):
+    """`bottleneck` is r, `learning_rate` P's. Sizes are the authors' for T5-base at 100 soft tokens' budget."""
+
+    num_soft_tokens: int = field(default=60, metadata={"minimum": 1})
+    bottleneck: int = field(default=19, metadata={"minimum": 1})
+    dropout: float = field(default=0.1, metadata={"minimum": 0})
+    offset_learning_rate: float = field(default=1e-3, metadata={"minimum": 0})
+
+    def problems(self) -> list[str]:
+        return [] if self.dropout < 1 else [f"method.dropout = {self.dropout}: must be below 1"]
+
+    def size_knob(self) -> SizeKnob:
+        return SizeKnob("bottleneck")
+
+
+class Adept(SoftPrompt):
+    """P (m, d) in float32, given as input embeddings, and the network of the offsets."""
+
+    position = "before_instruction"
+    reads = "nothing"
+    edits_embeddings = True
+
+    def __init__(self, config: AdeptConfig, start: Tensor) -> None:
+        super().__init__()
+        self.num_soft_tokens, width = start.shape
+        self.prompt = nn.Parameter(start.float())
+        down, up = nn.Linear(width, config.bottleneck), nn.Linear(config.bottleneck, width)
+        for zero in (down.bias, up.weight, up.bias):
+            nn.init.zeros_(zero)
+        self.offsets = nn.Sequential(down, nn.ReLU(), nn.Dropout(config.dropout), up)
+        self.own_rates = {"offsets.": config.offset_learning_rate}
+
+    def input_embeddings(self) -> Tensor:
+        return self.prompt
+
+    def forward(self, layer: int, states: Tensor, mask: Tensor, previous: Tensor) -> None:
+        return None
+
+    def edit_embeddings(self, words: Tensor, mask: Tensor) -> Tensor:
+        words = words.to(torch.promote_types(words.dtype, self.prompt.dtype))
+        return words + self.offsets(words)
+
+
+def build(config: AdeptConfig, backbone: Backbone) -> Adept:
+    """The method at its start: P from embeddings of random tokens (I), offsets of zero."""
+    ids = torch.randint(len(backbone.tokenizer), (config.num_soft_tokens,))
+    return Adept(config, backbone.embed(ids.to(backbone.embeddings.weight.device)).detach().cpu())
+
+
+def count(config: AdeptConfig, backbone: Backbone) -> int:
+    """m d + 2 d r + r + d."""
+    d, r = backbone.hidden_size, config.bottleneck
+    return config.num_soft_tokens * d + 2 * d * r + r + d
+
+
+register("adept", MethodSpec(AdeptConfig, build, count))

@@ -1,0 +1,83 @@
+"""DePT: decomposed prompt tuning (Shi & Lipani, ICLR 2024, arXiv 2309.05173).
+
+A long soft prompt's budget, split into a short one and low-rank offsets of the frozen token embeddings:
+
+    [P; E[x] + c (A B)[0 .. n-1]]        P (m, d), A (S, r), B (r, d), c = alpha / sqrt(r)
+
+Row i of A B is added to the instruction's i-th token. A is Kaiming-uniform, B zero, c and the two learning rates, one
+for P and one for A and B, are those of the authors' code.
+
+The port: their code adds the offsets to every column of an input padded to S tokens, answer and padding included. Here
+a token's index comes from the mask, 0 for the instruction's first token, and only instruction tokens get an offset, in
+training as in decoding (I). Tokens behind the first S, `max_offsets`, get none (I).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from iapt.methods import MethodSpec, SizeKnob, SoftPrompt, SoftPromptConfig, register
+from iapt.nn.offsets import PositionOffsets, offset_parameters
+
+if TYPE_CHECKING:
+    from iapt.backbone import Backbone
+
+
+@dataclass
+class DeptConfig(SoftPromptConfig):
+    """`max_offsets` is S, `learning_rate` P's. Sizes are the authors' for T5-base at 100 soft tokens' budget."""
+
+    num_soft_tokens: int = field(default=40, metadata={"minimum": 1})
+    rank: int = field(default=45, metadata={"minimum": 1})
+    max_offsets: int = field(default=256, metadata={"minimum": 1})
+    alpha: float = field(default=8.0, metadata={"minimum": 0})
+    offset_learning_rate: float = field(default=1e-3, metadata={"minimum": 0})
+
+    def problems(self) -> list[str]:
+        return [] if self.alpha > 0 else [f"method.alpha = {self.alpha}: must be above 0, it multiplies the offsets"]
+
+    def size_knob(self) -> SizeKnob:
+        return SizeKnob("rank")
+
+
+class Dept(SoftPrompt):
+    """P (m, d) in float32, given as input embeddings, and the offsets."""
+
+    position = "before_instruction"
+    reads = "nothing"
+    edits_embeddings = True
+
+    def __init__(self, config: DeptConfig, start: Tensor) -> None:
+        super().__init__()
+        self.num_soft_tokens, width = start.shape
+        self.prompt = nn.Parameter(start.float())
+        self.offsets = PositionOffsets(config.max_offsets, width, config.rank, config.alpha)
+        self.own_rates = {"offsets.": config.offset_learning_rate}
+
+    def input_embeddings(self) -> Tensor:
+        return self.prompt
+
+    def forward(self, layer: int, states: Tensor, mask: Tensor, previous: Tensor) -> None:
+        return None
+
+    def edit_embeddings(self, words: Tensor, mask: Tensor) -> Tensor:
+        return words + self.offsets(mask)
+
+
+def build(config: DeptConfig, backbone: Backbone) -> Dept:
+    """The method at its start: P from embeddings of random tokens (I), offsets of zero."""
+    ids = torch.randint(len(backbone.tokenizer), (config.num_soft_tokens,))
+    return Dept(config, backbone.embed(ids.to(backbone.embeddings.weight.device)).detach().cpu())
+
+
+def count(config: DeptConfig, backbone: Backbone) -> int:
+    """m d + r (S + d)."""
+    d = backbone.hidden_size
+    return config.num_soft_tokens * d + offset_parameters(config.max_offsets, d, config.rank)
+
+
+register("dept", MethodSpec(DeptConfig, build, count))

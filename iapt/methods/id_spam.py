@@ -1,0 +1,100 @@
+"""ID-SPAM: input-dependent soft prompts through self-attention (Muppidi et al., ACL 2025 short, arXiv 2506.05629).
+
+One learned single-head self-attention over the instruction's states right before layer k, pooled to one vector, from
+which a bottleneck MLP writes the soft tokens; they enter at that one layer and run on as tokens do. The paper gives the
+structure and the choice of k; widths, biases and scaling in these formulas are inferred (I):
+
+    A = softmax(Q K^T / sqrt(a)) V,      Q, K, V = h W_Q, h W_K, h W_V     (n, a) each, no biases
+    c = mean of A's n rows
+    P = reshape(W_2 relu(W_1 c + b_1) + b_2, (s, d))
+
+Every instruction token attends to every other one, whatever the backbone's own mask; padding and response are left
+out. The paper reads the tokens' embeddings at k = 0: on backbones that add position embeddings to those, here they are
+included, for P as for the tokens (I). The authors' encoder is square, a = d; on a large backbone that is most of the
+parameters (50M of LLaMA-2 7B), so a is a setting and smaller by default (I).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from iapt.errors import UserError
+from iapt.methods import MethodSpec, SizeKnob, SoftPrompt, SoftPromptConfig, register
+from iapt.nn.pooling import mean_pool
+
+if TYPE_CHECKING:
+    from iapt.backbone import Backbone
+
+
+@dataclass
+class IdSpamConfig(SoftPromptConfig):
+    """`layer`: k, how many layers run before the soft tokens enter. `attention_width`: a, null for the backbone's
+    width. `bottleneck`: the MLP's inner width, the budget knob."""
+
+    num_soft_tokens: int = field(default=10, metadata={"minimum": 1})
+    position: str = field(
+        default="before_instruction", metadata={"choices": ("before_instruction", "after_instruction")}
+    )
+    layer: int = field(default=0, metadata={"minimum": 0})
+    attention_width: int | None = field(default=64, metadata={"minimum": 1})
+    bottleneck: int = field(default=64, metadata={"minimum": 1})
+    # Residual streams differ in scale between backbones and layers by orders of magnitude.
+    normalize_input: bool = True
+
+    def size_knob(self) -> SizeKnob:
+        return SizeKnob("bottleneck")
+
+
+class IdSpam(SoftPrompt):
+    """`queries`, `keys`, `values` (d -> a), `down` (a -> m) and `up` (m -> s d), all at `layer`."""
+
+    def __init__(self, config: IdSpamConfig, width: int) -> None:
+        super().__init__()
+        self.num_soft_tokens = config.num_soft_tokens
+        self.position = config.position
+        self.layer = config.layer
+        self.hidden_layers = frozenset(range(config.layer))
+        self.hides = config.layer > 0
+        self.normalize_input = config.normalize_input
+        inner = config.attention_width or width
+        self.queries, self.keys, self.values = (nn.Linear(width, inner, bias=False) for _ in range(3))
+        self.down = nn.Linear(inner, config.bottleneck)
+        self.up = nn.Linear(config.bottleneck, config.num_soft_tokens * width)
+
+    def forward(self, layer: int, states: Tensor, mask: Tensor, previous: Tensor) -> Tensor | None:
+        if layer != self.layer:
+            return None
+        states = states.to(torch.promote_types(states.dtype, self.down.weight.dtype))
+        if self.normalize_input:
+            states = F.rms_norm(states, states.shape[-1:], eps=1e-6)
+        attended = F.scaled_dot_product_attention(
+            self.queries(states), self.keys(states), self.values(states), attn_mask=mask[:, None]
+        )
+        soft = self.up(self.down(mean_pool(attended, mask)).relu()).unflatten(-1, (self.num_soft_tokens, -1))
+        # At the input `previous` is the position embeddings; further up, what nothing below has seen.
+        return soft if self.layer else previous + soft
+
+
+def build(config: IdSpamConfig, backbone: Backbone) -> IdSpam:
+    """Torch's defaults for all maps. Raises UserError if the backbone has no layer `layer`."""
+    if config.layer >= backbone.num_layers:
+        raise UserError(
+            f"method.layer = {config.layer}: backbone {backbone.name} has {backbone.num_layers} layers, allowed are 0 "
+            f"to {backbone.num_layers - 1}"
+        )
+    return IdSpam(config, backbone.hidden_size)
+
+
+def count(config: IdSpamConfig, backbone: Backbone) -> int:
+    """3 d a + m (a + 1) + s d (m + 1)."""
+    d, m = backbone.hidden_size, config.bottleneck
+    a = config.attention_width or d
+    return 3 * d * a + m * (a + 1) + config.num_soft_tokens * d * (m + 1)
+
+
+register("id_spam", MethodSpec(IdSpamConfig, build, count))
