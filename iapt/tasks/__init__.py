@@ -17,6 +17,7 @@ from typing import Any
 from iapt import metrics
 from iapt.config import TaskConfig
 from iapt.errors import ConfigError
+from iapt.tasks import plain_text
 from iapt.tasks.formatting import Example, make_examples, need, template_fields
 from iapt.tasks.source import load_rows
 from iapt.tasks.splits import Unit, rule_of, shuffled, split
@@ -69,7 +70,12 @@ def build_task(config: TaskConfig, data_dir: str | None, protocol: str = "strict
     splits = {}
     for name, members in units.items():
         limit = config.max_train_examples if name == "train" else config.max_eval_examples
-        examples = make_examples(config, fields, name, members)
+        if config.source.builder == "none":
+            examples = make_examples(config, fields, name, members)
+        else:
+            built, note = plain_text.build_rows(config, name, members)
+            examples = make_examples(config, fields, name, built)
+            notes.append(note)
         if limit is not None and limit < len(examples):
             notes.append(f"{name}: {limit} of {len(examples)} examples (split_seed {config.split_seed})")
             # The first of one shuffled order: a larger limit keeps every example of a smaller one.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -17,7 +18,7 @@ from iapt.config import TaskConfig
 from iapt.errors import UserError, suggest
 
 Row = dict[str, Any]
-SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
+SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt")
 
 
 def load_rows(config: TaskConfig, split: str, data_dir: str | None) -> list[Row]:
@@ -26,7 +27,7 @@ def load_rows(config: TaskConfig, split: str, data_dir: str | None) -> list[Row]
     Args:
         config: the task; `source.splits` says what the source calls the split.
         split: "train", "validation" or "test".
-        data_dir: a folder holding `<task.name>/<split>.jsonl|json|csv|tsv|parquet`, or such files in
+        data_dir: a folder holding `<task.name>/<split>.jsonl|json|csv|tsv|parquet|txt`, or such files in
             `<task.name>/<subset>` for a task with `source.subsets`, or one file `<task.name>.csv` (or the
             like), whose rows are the train split. The hub is asked when it is null or holds nothing of this
             task, and never to fill up a folder that lacks one split: a task whose splits come from two
@@ -139,10 +140,11 @@ def _hub_splits(error: Exception) -> set[str]:
 
 
 def read_file(path: Path) -> list[Row]:
-    """The rows of one jsonl, json, csv, tsv or parquet file.
+    """The rows of one jsonl, json, csv, tsv, parquet or txt file.
 
     In csv and tsv every value is text, or null where the cell is empty; the first line names the columns. A
-    `.json` file holds one array of objects, or one object a line as `datasets` writes it.
+    `.json` file holds one array of objects, or one object a line as `datasets` writes it. The texts between the
+    empty lines of a txt file are rows with a column `text`.
 
     Raises:
         UserError: naming the file, and the line where there is one.
@@ -155,6 +157,8 @@ def read_file(path: Path) -> list[Row]:
         with path.open(encoding="utf-8-sig", newline="") as handle:
             if path.suffix in (".csv", ".tsv"):
                 return list(_table(path, handle))
+            if path.suffix == ".txt":
+                return [{"text": text} for text in re.split(r"\n\s*\n", handle.read()) if text.strip()]
             if path.suffix == ".json":
                 text = handle.read()
                 if text.lstrip().startswith("["):

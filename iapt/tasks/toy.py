@@ -1,11 +1,14 @@
 """The toy world and its three downstream tasks.
 
 What: people have coloured objects in places, and they say what they think of them. From this one small world
-come the corpus the tiny backbone was pretrained on (`scripts/tiny_corpus.py`) and three data sets:
+come the corpus the tiny backbone was pretrained on (`scripts/tiny_corpus.py`), plain text, and three data sets:
 
     entailment   a text about a person, an object and a place, and a claim   -> does the claim follow: yes / no
     sentiment    a comment on an object                                      -> is it good / bad
     describe     a record of four fields                                     -> one sentence, scored by BLEU
+
+The plain text (`plain_text`, without labels) tells of a person's two objects: a text, a claim that follows from it,
+the next text, its claim. The second object is of another kind, in another sort of place, and the other mood.
 
 A claim names the kind of the object, where the person is, or the person's mood, never a word of the text but the
 name: `Mia has a red ball in the park, she loves it.` entails `Mia has a toy.`, `Mia is outside.`, `Mia is happy.`
@@ -18,6 +21,7 @@ How to use: `rows("entailment", "train")` gives a list of dicts; `python -m iapt
 
 from __future__ import annotations
 
+import dataclasses
 import random
 import zlib
 from collections.abc import Callable
@@ -139,7 +143,7 @@ def record(rng: random.Random, fact: Fact) -> str:
 
 
 # ----------------------------------------------------------------------------------------------------
-# The three downstream tasks.
+# The three downstream tasks, and the plain text.
 
 
 def _entailment(rng: random.Random, index: int) -> dict[str, Any]:
@@ -159,21 +163,30 @@ def _describe(rng: random.Random, index: int) -> dict[str, Any]:
     return {"record": record(rng, fact), "text": f"{say(FORMS[3], fact)}."}
 
 
+def _plain_text(rng: random.Random, index: int) -> dict[str, Any]:
+    first = draw(rng)
+    second = dataclasses.replace(draw(rng), name=first.name)
+    while any(second.classes[about] == first.classes[about] for about in CLASSES):
+        second = dataclasses.replace(draw(rng), name=first.name)
+    return {"text": " ".join(f"{text(rng, fact)} {claim(rng, fact, follows=True)}" for fact in (first, second))}
+
+
 _MAKERS: dict[str, Callable[[random.Random, int], dict[str, Any]]] = {
     "entailment": _entailment,
     "sentiment": _sentiment,
     "describe": _describe,
+    "plain_text": _plain_text,
 }
 
 
 def rows(name: str, split: str) -> list[dict[str, Any]]:
-    """The rows of one split of one toy task; no input occurs twice, within or across splits.
+    """The rows of one split of one toy task or of the plain text; no input occurs twice, within or across splits.
 
     Raises:
         ValueError: an unknown name or split.
     """
     if name not in _MAKERS:
-        raise ValueError(f"no toy task {name!r}; there are {', '.join(NAMES)}")
+        raise ValueError(f"no toy task {name!r}; there are {', '.join(_MAKERS)}")
     if split not in SPLITS:
         raise ValueError(f"no split {split!r}; there are {', '.join(SPLITS)}")
     # crc32 and not hash(): Python salts the hash of a string anew in every process.
