@@ -127,6 +127,7 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
 def _sheets(boards: list[Board], args: argparse.Namespace) -> tuple[list[Sheet], dict[str, Tests]]:
     from iapt.report.reference import reference_sheet
     from iapt.report.sheet import against, main_sheet
+    from iapt.report.transfer import transfer_sheets
 
     baselines = _baselines(boards, args.baseline)
     sheets: list[Sheet] = []
@@ -136,6 +137,7 @@ def _sheets(boards: list[Board], args: argparse.Namespace) -> tuple[list[Sheet],
         if baseline:
             tests[board.backbone] = against(board, baseline, args.resamples)
         sheets.append(main_sheet(board, args.show, baseline, tests.get(board.backbone)))
+        sheets += transfer_sheets(board)
         if args.reference:
             sheets.append(reference_sheet(board))
     return sheets, tests
@@ -159,8 +161,9 @@ def _baselines(boards: list[Board], name: str | None) -> dict[str, Row]:
 
 def _plots(boards: list[Board]) -> list[Plot]:
     from iapt.report.plots import plots
+    from iapt.report.transfer import transfer_plots
 
-    return [plot for board in boards for plot in plots(board)]
+    return [plot for board in boards for plot in (*plots(board), *transfer_plots(board))]
 
 
 def _files(

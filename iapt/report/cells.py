@@ -30,6 +30,7 @@ ROW_KEYS = (
     "backbone.quantization", "task.scoring", "task.normalize_scores", "task.num_beams", "task.max_new_tokens",
     "task.max_train_examples",
 )  # fmt: skip
+INIT_FROM = "method.init_from"  # known by the task of the adapter, which has a folder of its own for every seed
 # The method's own learning rate is only what the trainer's defaults to.
 NO_ROW = (
     "trainer.log_every", "trainer.eval_batch_size", "hardware.device", "method.name", "method.kind",
@@ -135,11 +136,12 @@ def gather(runs: Sequence[Run], allow_mixed: Collection[str] = (), all_metrics: 
 
 def row_settings(run: Run) -> dict[str, str]:
     """The settings of a run that can give it a row of its own."""
-    return {
+    found = {
         key: _word(value)
         for key, value in run.settings.items()
         if (key.startswith(ROW_GROUPS) or key in ROW_KEYS) and key not in NO_ROW
     }
+    return {**found, INIT_FROM: _word(run.init_from)}
 
 
 def _sort_out(runs: Sequence[Run]) -> tuple[list[str], list[Run]]:

@@ -70,6 +70,14 @@ class Run:
         return self.summary.get("seed", self.settings.get("seed"))
 
     @property
+    def init_from(self) -> str | None:
+        """The task of the adapter that training started from, its folder where none is known; None: a fresh start."""
+        record = self.summary.get("init_from") or {}
+        folder = record.get("folder") or self.settings.get("method.init_from")
+        task = record.get("task") or (read_summary(Path(folder)).get("task") if folder else None)
+        return task or folder
+
+    @property
     def checkpoint(self) -> Path | None:
         """The run folder whose adapter was scored again here (`iapt-eval`); None for a training run."""
         return Path(self.summary["checkpoint"]).resolve() if self.summary.get("checkpoint") else None

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from iapt.report.bootstrap import LEVEL, Difference, paired
 from iapt.report.cells import Board, Cell, Column, Row, state
 
+LOWER_IS_BETTER = ("ece",)
 SHOWN = ("median", "mean", "std", "n", "range")
 BETTER, WORSE = "+", "-"
 
@@ -152,7 +153,8 @@ def _entry(
 
 def _best(board: Board, column: Column) -> float | None:
     medians = [cell.median for (_, c), cell in board.cells.items() if c == column and cell.median is not None]
-    return max(medians) if len(medians) > 1 else None
+    best = min if column.metric in LOWER_IS_BETTER else max
+    return best(medians) if len(medians) > 1 else None
 
 
 def _parameters(board: Board, row: Row) -> str:
