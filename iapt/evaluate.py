@@ -20,6 +20,8 @@ from iapt.model import AdaptedModel
 from iapt.tasks import Example
 from iapt.trie import tries
 
+Predict = Callable[[Batch], list[dict[str, Any]]]  # one record a row
+
 
 @dataclass
 class Evaluation:
@@ -67,12 +69,15 @@ def evaluate(
     Raises:
         UserError: a metric that does not exist or does not suit the task.
     """
+    # Ranks share the layers' weights under fsdp, so none may stop decoding before the others.
+    together = accelerator.num_processes > 1
     if task.label_column and task.scoring == "likelihood":
-        predictions = _classify(model, task, examples, items, batch_size, accelerator)
+        predict = _classify(model, task, examples)
     elif task.label_column and task.scoring == "constrained":
-        predictions = _decode_labels(model, task, examples, items, batch_size, accelerator)
+        predict = _decode_labels(model, task, examples, together)
     else:
-        predictions = _generate(model, task, examples, items, batch_size, accelerator)
+        predict = _generate(model, task, examples, together)
+    predictions = _over_examples(model, items, batch_size, accelerator, predict)
     if task.label_column:
         found = [p.get("label", -1) for p in predictions]
         labels = [e.label for e in examples]
@@ -93,14 +98,7 @@ def evaluate(
     return Evaluation(values, records)
 
 
-def _classify(
-    model: AdaptedModel,
-    task: TaskConfig,
-    examples: Sequence[Example],
-    items: Sequence[Encoded],
-    batch_size: int,
-    accelerator: Accelerator,
-) -> list[dict[str, Any]]:
+def _classify(model: AdaptedModel, task: TaskConfig, examples: Sequence[Example]) -> Predict:
     def predict(batch: Batch) -> list[dict[str, Any]]:
         scores = model.score(batch)
         ranked = scores
@@ -115,27 +113,14 @@ def _classify(
             records.append({"label": label, "text": word, "scores": [round(s, 6) for s in row[own].tolist()]})
         return records
 
-    return _over_examples(model, items, batch_size, accelerator, predict)
+    return predict
 
 
-def _generate(
-    model: AdaptedModel,
-    task: TaskConfig,
-    examples: Sequence[Example],
-    items: Sequence[Encoded],
-    batch_size: int,
-    accelerator: Accelerator,
-) -> list[dict[str, Any]]:
+def _generate(model: AdaptedModel, task: TaskConfig, examples: Sequence[Example], together: bool) -> Predict:
     tokenizer = model.backbone.tokenizer
 
     def predict(batch: Batch) -> list[dict[str, Any]]:
-        # Ranks share the layers' weights under fsdp, so none may stop decoding before the others.
-        ids = model.generate(
-            batch,
-            max_new_tokens=task.max_new_tokens,
-            num_beams=task.num_beams,
-            synced_gpus=accelerator.num_processes > 1,
-        )
+        ids = model.generate(batch, max_new_tokens=task.max_new_tokens, num_beams=task.num_beams, synced_gpus=together)
         texts = [t.strip() for t in tokenizer.batch_decode(ids, skip_special_tokens=True)]
         if not task.label_column:
             return [{"text": text} for text in texts]
@@ -145,17 +130,10 @@ def _generate(
             for text, count in zip(texts, counts, strict=True)
         ]
 
-    return _over_examples(model, items, batch_size, accelerator, predict)
+    return predict
 
 
-def _decode_labels(
-    model: AdaptedModel,
-    task: TaskConfig,
-    examples: Sequence[Example],
-    items: Sequence[Encoded],
-    batch_size: int,
-    accelerator: Accelerator,
-) -> list[dict[str, Any]]:
+def _decode_labels(model: AdaptedModel, task: TaskConfig, examples: Sequence[Example], together: bool) -> Predict:
     stop = model.backbone.tokenizer.eos_token_id
     if stop is None:
         raise UserError("task.scoring = constrained: a label word ends in eos, and the tokenizer has none")
@@ -170,12 +148,12 @@ def _decode_labels(
             # Beams are compared as likelihoods are: as they stand, or divided by their lengths.
             length_penalty=float(task.normalize_scores),
             prefix_allowed_tokens_fn=lambda row, seen: own[row].following(seen.tolist()),
-            synced_gpus=accelerator.num_processes > 1,
+            synced_gpus=together,
         )
         labels = [trie.find(row) for trie, row in zip(own, ids.tolist(), strict=True)]
         return [{"text": task.label_words[label], "label": label} for label in labels]
 
-    return _over_examples(model, items, batch_size, accelerator, predict)
+    return predict
 
 
 def _begins_with(text: str, words: Sequence[str]) -> int:
@@ -189,7 +167,7 @@ def _over_examples(
     items: Sequence[Encoded],
     batch_size: int,
     accelerator: Accelerator,
-    predict: Callable[[Batch], list[dict[str, Any]]],
+    predict: Predict,
 ) -> list[dict[str, Any]]:
     """One record an example, in the split's order."""
     batches = evaluation_batches(items, batch_size)

@@ -22,7 +22,7 @@ import torch
 from accelerate import Accelerator
 from iapt.backbone import shard_layers
 from iapt.config import TaskConfig
-from iapt.evaluate import mean_loss, _classify
+from iapt.evaluate import mean_loss, _classify, _over_examples
 from iapt.tasks import Example
 from tests.test_trainer import make
 from tests.contracts.conftest import Case, examples
@@ -35,7 +35,8 @@ if strategy == "fsdp":
     shard_layers(trainer.model.backbone, trainer.model.trainable().values())
 result = trainer.run()
 task = TaskConfig(label_column="label", label_words=["a", "b", "c"])
-records = _classify(trainer.model, task, [Example("", "")] * 9, examples(9, seed=8), 2, trainer.accelerator)
+predict = _classify(trainer.model, task, [Example("", "")] * 9)
+records = _over_examples(trainer.model, examples(9, seed=8), 2, trainer.accelerator, predict)
 if trainer.accelerator.is_main_process:
     torch.save({"best": result.best, "scores": [r["scores"] for r in records]}, folder / "result.pt")
 trainer.accelerator.end_training()
