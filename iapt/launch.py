@@ -121,6 +121,7 @@ def start_ranks(folder: Path, config: Config) -> int:
 
     n = config.hardware.num_processes
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores() // n)))
+    os.environ["PYTHONSAFEPATH"] = "1"  # -P, for the ranks
     on_cpu = config.hardware.device == "cpu" or not torch.cuda.is_available()
     if on_cpu:
         # `--cpu` would start a single process; `--multi_gpu` starts ranks, and this makes them gloo ranks.
@@ -141,7 +142,8 @@ def start_ranks(folder: Path, config: Config) -> int:
 
 
 def _run_in_child(config: Config, folder: Path) -> dict[str, Any]:
-    command = [sys.executable, "-m", "iapt.worker", str(folder), "--quiet", "--parent", str(os.getpid())]
+    # -P, as in the command itself: a file of the working directory, evaluate.py say, is not the library of that name.
+    command = [sys.executable, "-P", "-m", "iapt.worker", str(folder), "--quiet", "--parent", str(os.getpid())]
     output = (folder / OUTPUT).open("ab") if (folder / CELL).exists() else None
     # A session of its own: an interrupt arrives once, from here, and not a second time from the terminal.
     child = subprocess.Popen(command, start_new_session=True, stdout=output, stderr=output)

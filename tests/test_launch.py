@@ -250,6 +250,17 @@ def test_two_processes_are_two_gloo_ranks(
         assert facts["OMP_NUM_THREADS"] == str(cores() // 2)
 
 
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=two_cores)])
+def test_a_file_in_the_working_directory_is_not_the_library_of_that_name(
+    tmp_path: Path, stub: Callable[[str], None], monkeypatch: pytest.MonkeyPatch, processes: int
+) -> None:
+    stub("nothing")
+    (tmp_path / "omegaconf.py").write_text("raise ImportError('this is a file of the user')")
+    monkeypatch.chdir(tmp_path)
+    config = config_with(hardware={"num_processes": processes})
+    assert launch(config, tmp_path / "run", own_process=True)["status"] == "ok"
+
+
 @two_cores
 def test_ranks_that_fail_leave_one_reason_and_no_report_of_the_launcher(
     tmp_path: Path, stub: Callable[[str], None], capfd: pytest.CaptureFixture[str]
