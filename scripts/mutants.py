@@ -182,6 +182,20 @@ MUTANTS = [
         "self.adapters[0].keys_values(layer,",
         "test_13 and prefix_tuning-keys_values-mlp-6-llama",
     ),
+    Mutant(
+        "4 decoding begins with the last token unedited",
+        "iapt/hooks.py",
+        "        first, self.first = self.first, None\n        return first",
+        "        first, self.first = self.first, None\n        return None",
+        "test_4_cached_greedy and dept and llama",
+    ),
+    Mutant(
+        "4 decoding forgets the scaling vectors",
+        "iapt/engine.py",
+        "scales=plan.scales, first=plan.first",
+        "first=plan.first",
+        "test_4_cached_greedy and para and llama",
+    ),
 ]
 
 
