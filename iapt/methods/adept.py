@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from iapt.methods import MethodSpec, SizeKnob, SoftPrompt, SoftPromptConfig, register
+from iapt.methods import MethodSpec, SizeKnob, SoftPromptConfig, register
+from iapt.methods.prompt_tuning import PromptTuning, random_tokens
 
 if TYPE_CHECKING:
     from iapt.backbone import Backbone
@@ -40,28 +41,19 @@ class AdeptConfig(SoftPromptConfig):
         return SizeKnob("bottleneck")
 
 
-class Adept(SoftPrompt):
+class Adept(PromptTuning):
     """P (m, d) in float32, given as input embeddings, and the network of the offsets."""
 
-    position = "before_instruction"
-    reads = "nothing"
     edits_embeddings = True
 
     def __init__(self, config: AdeptConfig, start: Tensor) -> None:
-        super().__init__()
-        self.num_soft_tokens, width = start.shape
-        self.prompt = nn.Parameter(start.float())
+        super().__init__(start, "before_instruction")
+        width = start.shape[1]
         down, up = nn.Linear(width, config.bottleneck), nn.Linear(config.bottleneck, width)
         for zero in (down.bias, up.weight, up.bias):
             nn.init.zeros_(zero)
         self.offsets = nn.Sequential(down, nn.ReLU(), nn.Dropout(config.dropout), up)
         self.own_rates = {"offsets.": config.offset_learning_rate}
-
-    def input_embeddings(self) -> Tensor:
-        return self.prompt
-
-    def forward(self, layer: int, states: Tensor, mask: Tensor, previous: Tensor) -> None:
-        return None
 
     def edit_embeddings(self, words: Tensor, mask: Tensor) -> Tensor:
         words = words.to(torch.promote_types(words.dtype, self.prompt.dtype))
@@ -70,8 +62,7 @@ class Adept(SoftPrompt):
 
 def build(config: AdeptConfig, backbone: Backbone) -> Adept:
     """The method at its start: P from embeddings of random tokens (I), offsets of zero."""
-    ids = torch.randint(len(backbone.tokenizer), (config.num_soft_tokens,))
-    return Adept(config, backbone.embed(ids.to(backbone.embeddings.weight.device)).detach().cpu())
+    return Adept(config, random_tokens(config.num_soft_tokens, backbone))
 
 
 def count(config: AdeptConfig, backbone: Backbone) -> int:

@@ -17,10 +17,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from iapt.methods import MethodSpec, SizeKnob, SoftPrompt, SoftPromptConfig, register
+from iapt.methods import MethodSpec, SizeKnob, SoftPromptConfig, register
+from iapt.methods.prompt_tuning import PromptTuning, random_tokens
 from iapt.nn.offsets import PositionOffsets, offset_parameters
 
 if TYPE_CHECKING:
@@ -44,25 +44,16 @@ class DeptConfig(SoftPromptConfig):
         return SizeKnob("rank")
 
 
-class Dept(SoftPrompt):
+class Dept(PromptTuning):
     """P (m, d) in float32, given as input embeddings, and the offsets."""
 
-    position = "before_instruction"
-    reads = "nothing"
     edits_embeddings = True
 
     def __init__(self, config: DeptConfig, start: Tensor) -> None:
-        super().__init__()
-        self.num_soft_tokens, width = start.shape
-        self.prompt = nn.Parameter(start.float())
+        super().__init__(start, "before_instruction")
+        width = start.shape[1]
         self.offsets = PositionOffsets(config.max_offsets, width, config.rank, config.alpha)
         self.own_rates = {"offsets.": config.offset_learning_rate}
-
-    def input_embeddings(self) -> Tensor:
-        return self.prompt
-
-    def forward(self, layer: int, states: Tensor, mask: Tensor, previous: Tensor) -> None:
-        return None
 
     def edit_embeddings(self, words: Tensor, mask: Tensor) -> Tensor:
         return words + self.offsets(mask)
@@ -70,8 +61,7 @@ class Dept(SoftPrompt):
 
 def build(config: DeptConfig, backbone: Backbone) -> Dept:
     """The method at its start: P from embeddings of random tokens (I), offsets of zero."""
-    ids = torch.randint(len(backbone.tokenizer), (config.num_soft_tokens,))
-    return Dept(config, backbone.embed(ids.to(backbone.embeddings.weight.device)).detach().cpu())
+    return Dept(config, random_tokens(config.num_soft_tokens, backbone))
 
 
 def count(config: DeptConfig, backbone: Backbone) -> int:

@@ -25,10 +25,11 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from iapt.methods import MethodSpec, SizeKnob, SoftPrompt, SoftPromptConfig, register
+from iapt.methods import MethodSpec, SizeKnob, SoftPromptConfig, register
+from iapt.methods.prompt_tuning import PromptTuning, random_tokens
+from iapt.nn.norm import unit_rms
 from iapt.nn.offsets import PositionOffsets, offset_parameters
 
 if TYPE_CHECKING:
@@ -89,17 +90,14 @@ class Projection(nn.Module):
         return (weights * torch.stack([space(prompt) for space in self.spaces], 1)).sum(1)
 
 
-class Ept(SoftPrompt):
+class Ept(PromptTuning):
     """P (m, d) in float32, the offsets, and the networks that make soft tokens of the two."""
 
-    position = "before_instruction"
-    reads = "nothing"
     edits_embeddings = True
 
     def __init__(self, config: EptConfig, start: Tensor) -> None:
-        super().__init__()
-        self.num_soft_tokens, width = start.shape
-        self.prompt = nn.Parameter(start.float())
+        super().__init__(start, "before_instruction")
+        width = start.shape[1]
         self.offsets = PositionOffsets(config.max_offsets, width, config.rank, config.alpha)
         self.fusion = Fusion(width, config.attention_width)
         self.projection = Projection(width, config.projection_width, config.num_spaces)
@@ -109,22 +107,13 @@ class Ept(SoftPrompt):
         fused = self.prompt + self.fusion(self.prompt, self.offsets.table())
         return fused + self.projection(fused)
 
-    def forward(self, layer: int, states: Tensor, mask: Tensor, previous: Tensor) -> None:
-        return None
-
     def edit_embeddings(self, words: Tensor, mask: Tensor) -> Tensor:
         return words + self.offsets(mask)
 
 
-def unit_rms(states: Tensor) -> Tensor:
-    """(..., d), each vector at a root mean square of 1."""
-    return F.rms_norm(states, states.shape[-1:], eps=1e-6)
-
-
 def build(config: EptConfig, backbone: Backbone) -> Ept:
     """The method at its start."""
-    ids = torch.randint(len(backbone.tokenizer), (config.num_soft_tokens,))
-    return Ept(config, backbone.embed(ids.to(backbone.embeddings.weight.device)).detach().cpu())
+    return Ept(config, random_tokens(config.num_soft_tokens, backbone))
 
 
 def count(config: EptConfig, backbone: Backbone) -> int:

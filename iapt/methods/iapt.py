@@ -23,11 +23,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from iapt.activations import observe, write_activations
 from iapt.methods import BiLevel, MethodSpec, SizeKnob, SoftPrompt, SoftPromptConfig, register
+from iapt.nn.norm import to_read
 from iapt.nn.pooling import last_tokens, segment_pool, self_attention_pool
 from iapt.nn.rational import FITS, FUNCTIONS, Rational
 
@@ -161,9 +161,7 @@ class Iapt(SoftPrompt):
     def forward(self, layer: int, states: Tensor, mask: Tensor, previous: Tensor) -> Tensor:
         generator = self.generators[layer // self.share_every]
         assert isinstance(generator, Generator)
-        states = states.to(torch.promote_types(states.dtype, generator.down.dtype))
-        if self.normalize_input:
-            states = F.rms_norm(states, states.shape[-1:], eps=1e-6)
+        states = to_read(states, generator.down, self.normalize_input)
         return generator(states, mask, self.activations[layer])
 
     def keys_values(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from iapt.errors import UserError
 from iapt.methods import MethodSpec, SizeKnob, SoftPrompt, SoftPromptConfig, register
+from iapt.nn.norm import to_read
 from iapt.nn.phm import PHMLinear, phm_parameters
 from iapt.nn.pooling import mean_pool
 
@@ -110,9 +111,7 @@ class Idpg(SoftPrompt):
         config = self.config
         if config.layers == "single" and layer > 0:
             return None
-        states = states.to(torch.promote_types(states.dtype, self.bias.dtype))
-        if config.normalize_input:
-            states = F.rms_norm(states, states.shape[-1:], eps=1e-6)
+        states = to_read(states, self.bias, config.normalize_input)
         # Padding is on the left: the last column is the last token.
         summary = states[:, -1] if config.pooling == "last" else mean_pool(states, mask)
         generated = self.generators[layer if config.own_generators else 0](summary)

@@ -25,10 +25,10 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from iapt.methods import MethodSpec, SizeKnob, SoftPrompt, SoftPromptConfig, register
+from iapt.nn.norm import to_read
 
 if TYPE_CHECKING:
     from iapt.backbone import Backbone
@@ -89,9 +89,7 @@ class Ipt(SoftPrompt):
         if layer > 0:
             return None
         states, there = first_tokens(states, mask, self.num_soft_tokens)
-        states = states.to(torch.promote_types(states.dtype, self.missing.dtype))
-        if self.normalize_input:
-            states = F.rms_norm(states, states.shape[-1:], eps=1e-6)
+        states = to_read(states, self.missing, self.normalize_input)
         rows = self.down(states).tanh()
         rows = torch.where(there[..., None], rows, self.missing.to(rows.dtype))
         return previous + self.up(self.encoder(rows))

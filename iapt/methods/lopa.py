@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from iapt.methods import MethodSpec, SizeKnob, SoftPrompt, SoftPromptConfig, register
+from iapt.methods.prompt_tuning import random_tokens
 
 if TYPE_CHECKING:
     from iapt.backbone import Backbone
@@ -70,8 +71,7 @@ class Lopa(SoftPrompt):
 
 def build(config: LopaConfig, backbone: Backbone) -> Lopa:
     """The method at its start: P_task from embeddings of random tokens, torch's defaults for the heads."""
-    ids = torch.randint(len(backbone.tokenizer), (config.num_soft_tokens,))
-    return Lopa(config, backbone.embed(ids.to(backbone.embeddings.weight.device)).detach().cpu())
+    return Lopa(config, random_tokens(config.num_soft_tokens, backbone))
 
 
 def count(config: LopaConfig, backbone: Backbone) -> int:

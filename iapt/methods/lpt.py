@@ -15,12 +15,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from iapt.errors import UserError
 from iapt.methods import MethodSpec, SizeKnob, SoftPrompt, SoftPromptConfig, register
+from iapt.nn.norm import to_read
 from iapt.nn.pooling import segment_pool
 
 if TYPE_CHECKING:
@@ -69,9 +68,7 @@ class Lpt(SoftPrompt):
     def forward(self, layer: int, states: Tensor, mask: Tensor, previous: Tensor) -> Tensor | None:
         if layer != self.layer:
             return None
-        states = states.to(torch.promote_types(states.dtype, self.down.weight.dtype))
-        if self.config.normalize_input:
-            states = F.rms_norm(states, states.shape[-1:], eps=1e-6)
+        states = to_read(states, self.down.weight, self.config.normalize_input)
         if self.config.generator == "pooling":
             pooled = segment_pool(self.down(states), mask, self.num_soft_tokens, self.config.reduce)
             return self.up(self.dropout(pooled.relu()))

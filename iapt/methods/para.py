@@ -24,11 +24,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from iapt.activations import observe, write_activations
 from iapt.methods import BiLevel, MethodSpec, SizeKnob, SoftPrompt, SoftPromptConfig, register
+from iapt.nn.norm import to_read
 from iapt.nn.pooling import self_attention_pool
 from iapt.nn.rational import FUNCTIONS, Rational
 from iapt.scaling import part_of
@@ -112,9 +112,7 @@ class Para(SoftPrompt):
     def scale(self, layer: int, states: Tensor, mask: Tensor) -> dict[str, Tensor]:
         generator = self.generators[layer]
         assert isinstance(generator, Generator)
-        states = states.to(torch.promote_types(states.dtype, generator.down.dtype))
-        if self.normalize_input:
-            states = F.rms_norm(states, states.shape[-1:], eps=1e-6)
+        states = to_read(states, generator.down, self.normalize_input)
         return dict(zip(self.scales, generator(states, mask, self.activations[layer]), strict=True))
 
     def write_report(self, folder: Path | None, encode: Callable[[], None]) -> list[str]:

@@ -55,19 +55,26 @@ class PromptTuning(SoftPrompt):
         return None
 
 
+def random_tokens(count: int, backbone: Backbone) -> Tensor:
+    """(count, d): the embeddings of random tokens, on the CPU."""
+    return _embeddings(torch.randint(len(backbone.tokenizer), (count,)), backbone)
+
+
+def _embeddings(ids: Tensor, backbone: Backbone) -> Tensor:
+    return backbone.embed(ids.to(backbone.embeddings.weight.device)).detach().cpu()
+
+
 def draw_start(config: PromptTuningConfig, backbone: Backbone) -> Tensor:
     """The soft tokens (s, d) at their start. Raises UserError if `init_text` has no tokens."""
-    s, table = config.num_soft_tokens, backbone.embeddings
+    s = config.num_soft_tokens
     if config.init == "random":
         return torch.randn(s, backbone.hidden_size) * config.init_std
     if config.init == "vocabulary":
-        ids = torch.randint(len(backbone.tokenizer), (s,))
-    else:
-        ids = torch.tensor(backbone.tokenizer.encode(config.init_text, add_special_tokens=False), dtype=torch.long)
-        if not len(ids):
-            raise UserError(f"method.init_text = {config.init_text!r}: the tokenizer finds no token in it")
-        ids = ids.repeat(s // len(ids) + 1)[:s]
-    return backbone.embed(ids.to(table.weight.device)).detach().cpu()
+        return random_tokens(s, backbone)
+    ids = torch.tensor(backbone.tokenizer.encode(config.init_text, add_special_tokens=False), dtype=torch.long)
+    if not len(ids):
+        raise UserError(f"method.init_text = {config.init_text!r}: the tokenizer finds no token in it")
+    return _embeddings(ids.repeat(s // len(ids) + 1)[:s], backbone)
 
 
 def build(config: PromptTuningConfig, backbone: Backbone) -> PromptTuning:

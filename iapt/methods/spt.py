@@ -27,11 +27,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from iapt.errors import UserError
 from iapt.methods import BiLevel, MethodSpec, SizeKnob, SoftPrompt, SoftPromptConfig, register
+from iapt.nn.norm import to_read
 from iapt.nn.pooling import segment_pool
 
 if TYPE_CHECKING:
@@ -142,9 +142,7 @@ class Spt(SoftPrompt):
     def forward(self, layer: int, states: Tensor, mask: Tensor, previous: Tensor) -> Tensor:
         generator = self.generators[str(layer)]
         assert isinstance(generator, Generator)
-        states = states.to(torch.promote_types(states.dtype, generator.down.dtype))
-        if self.config.normalize_input:
-            states = F.rms_norm(states, states.shape[-1:], eps=1e-6)
+        states = to_read(states, generator.down, self.config.normalize_input)
         return generator(states, mask)
 
     def keys_values(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
