@@ -23,7 +23,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from iapt.errors import UserError
 from iapt.library import attach
-from iapt.methods import SoftPrompt
+from iapt.methods import Method, SoftPrompt
 from iapt.methods.peft import Peft
 from iapt.model import AdaptedModel
 from iapt.restore import put_back
@@ -118,7 +118,11 @@ def import_peft(
 @torch.no_grad()
 def _input_prompt(method: SoftPrompt, num_layers: int) -> Tensor | None:
     """(s, d) float32 on the CPU, if that is all the method ever does to a pass."""
-    if method.position != "before_instruction" or method.reads != "nothing" or method.edits_cache or method.hides:
+    if method.position != "before_instruction" or method.reads != "nothing":
+        return None
+    if method.edits_cache or method.edits_embeddings or method.scales or method.hides:
+        return None
+    if type(method).choose is not Method.choose:  # a head of its own, say
         return None
     was = method.training
     method.eval()

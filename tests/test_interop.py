@@ -145,6 +145,10 @@ def test_loras_come_from_peft(options: dict[str, Any], tmp_path: Path):
         IAPT,
         {**PROMPT, "position": "after_instruction"},
         {"name": "lpt", "num_soft_tokens": 3},
+        {"name": "dept", "num_soft_tokens": 3},
+        {"name": "adept", "num_soft_tokens": 3},
+        {"name": "ept", "num_soft_tokens": 3},
+        {"name": "para"},
         {"name": "bitfit"},
         {"name": "ia3", "kind": "peft", "type": "IA3"},
         {**LORA, "options": {"r": 2, "init_lora_weights": "pissa"}},
@@ -154,6 +158,14 @@ def test_loras_come_from_peft(options: dict[str, Any], tmp_path: Path):
 def test_what_peft_cannot_hold_is_refused(settings: dict[str, Any], tmp_path: Path):
     with pytest.raises(UserError, match="does not fit; what peft can hold"):
         iapt.export_peft(attach(settings), tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_prompt_with_a_head_of_its_own_is_refused(tmp_path: Path):
+    backbone = build_backbone("llama")
+    model = iapt.attach(backbone.lm, {"name": "ptec", "label_words": ["w5", "w6"]}, tokenizer=backbone.tokenizer)
+    with pytest.raises(UserError, match="Ptec does not fit; what peft can hold"):
+        iapt.export_peft(model, tmp_path / "new")
     assert not (tmp_path / "new").exists()
 
 
