@@ -19,7 +19,7 @@ from transformers import (
 )
 from transformers.utils.logging import disable_progress_bar
 
-from iapt.architecture import decoder_layers, text_config
+from iapt.architecture import context_of, decoder_layers, decoder_of, text_config
 from iapt.config import BackboneConfig
 from iapt.errors import UserError
 
@@ -68,7 +68,12 @@ class Backbone:
     @property
     def decoder(self) -> nn.Module:
         """The model without its LM head."""
-        return self.lm.base_model
+        return decoder_of(self.lm)
+
+    @property
+    def output_size(self) -> int:
+        """The width of the states that the LM head reads: d, or e where the model projects them back (OPT-350m)."""
+        return int(self.lm.get_output_embeddings().weight.shape[-1])
 
     @property
     def embeddings(self) -> nn.Embedding:
@@ -78,7 +83,7 @@ class Backbone:
     @property
     def context(self) -> int | None:
         """The longest sequence the model has positions for, None if it does not say."""
-        return getattr(text_config(self.lm), "max_position_embeddings", None)
+        return context_of(self.lm)
 
     @property
     def pad_id(self) -> int:
