@@ -29,7 +29,7 @@ def opening(tokenizer: Any, texts: Iterable[str] = ()) -> Ids:
     for text in itertools.chain(_PROBES, texts):
         plain, whole = (_ids(tokenizer, [text], special)[0] for special in (False, True))
         if plain:
-            return tuple(itertools.takewhile(lambda token: token not in plain, whole))
+            return whole[: next(i for i, token in enumerate(whole) if token in plain)]
     return ()
 
 
