@@ -22,6 +22,7 @@ from torch import nn
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 from transformers.cache_utils import Cache
 
+from iapt.backbone import Backbone
 from iapt.errors import UserError, suggest
 
 # Options of `GenerationConfig` that act as in plain transformers on the whole prompt.
@@ -58,8 +59,13 @@ _GUIDANCE = "it runs the backbone on a second prompt, which has no soft tokens"
 # What cannot work behind a cache with soft tokens in it, and why: options of `GenerationConfig` and arguments of
 # `generate`. Each may be given with a value that leaves it off.
 REFUSED: dict[str, str] = {
-    **dict.fromkeys(("use_cache", "cache_implementation", "cache_config", "max_cache_len", "prefill_chunk_size"), _CACHE),
-    "continuous_batching_config": _CACHE,
+    **dict.fromkeys(
+        (
+            "use_cache", "cache_implementation", "cache_config", "max_cache_len", "prefill_chunk_size",
+            "continuous_batching_config",
+        ),
+        _CACHE,
+    ),
     "token_healing": "it rewrites the instruction's end, which has run by then",
     **dict.fromkeys(("guidance_scale", "negative_prompt_ids", "negative_prompt_attention_mask"), _GUIDANCE),
     **dict.fromkeys(("output_attentions", "output_hidden_states"), _STATES),
@@ -101,14 +107,13 @@ class Decoding:
     copies: int
 
 
-def plan_decoding(options: Mapping[str, Any], lm: Any, tokenizer: Any, width: int) -> Decoding:
+def plan_decoding(options: Mapping[str, Any], backbone: Backbone, width: int) -> Decoding:
     """Sort options into those that act and those that cannot, before anything runs.
 
     Args:
         options: of `generate`, None standing for not given; `generation_config` may hold more of them, which the others
             override.
-        lm: the backbone, for the tokens that end a text.
-        tokenizer: the backbone's; `stop_strings` need it.
+        backbone: which tokens end a text, and which one pads, is its tokenizer's and its LM's to say.
         width: tokens of the longest instruction.
 
     Raises:
@@ -125,14 +130,14 @@ def plan_decoding(options: Mapping[str, Any], lm: Any, tokenizer: Any, width: in
             raise UserError(f"generate: unknown option {name!r}; {suggest(name, allowed)}")
     arguments = {k: v for k, v in given.items() if k in ARGUMENTS}
     chosen = {k: v for k, v in given.items() if k in WORKING}
-    chosen.setdefault("eos_token_id", end_tokens(lm, tokenizer) or None)
-    chosen.setdefault("pad_token_id", tokenizer.pad_token_id)
+    chosen.setdefault("eos_token_id", end_tokens(backbone.lm, backbone.tokenizer) or None)
+    chosen.setdefault("pad_token_id", backbone.pad_id)
     try:
         config = GenerationConfig(use_cache=True, **chosen)
     except (ValueError, TypeError, AttributeError) as error:
         raise UserError(f"generate: {' '.join(str(error).split())}") from error
     if "stop_strings" in chosen:
-        arguments.setdefault("tokenizer", tokenizer)
+        arguments.setdefault("tokenizer", backbone.tokenizer)
         if not isinstance(arguments["tokenizer"], PreTrainedTokenizerBase):
             raise UserError(
                 "generate: stop_strings: cannot be found without the backbone's tokenizer; give tokenizer=..."
@@ -209,7 +214,7 @@ def _not_of_padding(record: logging.LogRecord) -> bool:
 
 
 def _from_config(config: Any) -> dict[str, Any]:
-    """The options that a generation config gives; what it carries beyond them plain transformers does not read either."""
+    """The options that a generation config gives; what it holds beyond them no decoding reads."""
     if config is None:
         return {}
     if not isinstance(config, GenerationConfig):

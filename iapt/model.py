@@ -194,7 +194,8 @@ class AdaptedModel(nn.Module):
         """
         if batch.choice_ids is None or batch.choice_mask is None:
             raise ValueError("score needs a batch with choices")
-        if self.engine.checkpointing and self.training:  # transformers drops the cache there: every choice a row
+        # Where nothing can be continued, or layers that are recomputed would write their keys twice: a row a choice.
+        if self.engine.one_pass or (self.engine.checkpointing and self.training):
             copies = batch.choice_ids.shape[1]
             ids, mask = batch.choice_ids.flatten(0, 1), batch.choice_mask.flatten(0, 1)
             shown, seen, rows = (
@@ -247,7 +248,7 @@ class AdaptedModel(nn.Module):
             options.pop("token_type_ids", None)  # tokenizers return them unasked
             batch = _instructions(input_ids, attention_mask, self.backbone.tokenizer).to(self.lm.device)
         width = batch.instruction_ids.shape[1]
-        decoding = plan_decoding(options, self.lm, self.backbone.tokenizer, width)
+        decoding = plan_decoding(options, self.backbone, width)
         prefix = self.encode(batch)
         # transformers repeats ids and mask for beams or samples, but not a cache that it is handed.
         if decoding.copies > 1:
@@ -258,9 +259,8 @@ class AdaptedModel(nn.Module):
             output = self.lm.generate(
                 input_ids=batch.instruction_ids,
                 attention_mask=torch.cat([prefix.mask, batch.instruction_mask[:, -1:]], 1).long(),
-                past_key_values=prefix.cache,
                 generation_config=decoding.config,
-                **decoding.arguments,
+                **{self.engine.arguments.cache: prefix.cache, **decoding.arguments},
             )
         return new_tokens(output, width)
 
