@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,9 +15,11 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import cached_file
 from transformers.utils.logging import disable_progress_bar
 
 from iapt.architecture import context_of, decoder_layers, decoder_of, text_config
@@ -157,6 +160,7 @@ def build_backbone(
                 attn_implementation=implementation,
                 quantization_config=_quantization(config.quantization),
                 device_map={"": device} if config.quantization != "none" else None,
+                generation_config=_ends_alone(TINY_DIR if config.kind == "tiny" else config.path, config.revision),
             )
         source = config.path if config.kind == "pretrained" else TINY_DIR
         tokenizer = AutoTokenizer.from_pretrained(source, revision=config.revision or "main")
@@ -180,6 +184,22 @@ def build_backbone(
     lm.requires_grad_(False)
     lm.eval()
     return Backbone(config.name, lm, tokenizer)
+
+
+def _ends_alone(source: str | Path, revision: str | None) -> GenerationConfig:
+    """What generation_config.json says about the tokens that end a text, and nothing else of it.
+
+    No decoding of ours reads the rest (`iapt.decoding`), and a combination that transformers holds to be impossible
+    would keep it from loading the model at all.
+    """
+    try:
+        path = Path(cached_file(source, "generation_config.json", revision=revision or "main"))
+    except OSError:  # there is none
+        return GenerationConfig()
+    try:
+        return GenerationConfig(eos_token_id=json.loads(path.read_text(encoding="utf-8")).get("eos_token_id"))
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"{path.name} holds no JSON object: {_first_line(error)}") from error
 
 
 def shard_layers(backbone: Backbone, trainable: Iterable[nn.Parameter]) -> None:
