@@ -38,7 +38,8 @@ def beyond_tested(*names: str) -> str:
     Raises:
         UserError: a library is older than what works, or of a release known not to work.
     """
-    newer, unfit = [], []
+    newer: list[tuple[str, str]] = []
+    unfit: list[tuple[str, str]] = []
     for name in names or LIBRARIES:
         try:
             version = importlib.metadata.version(name)
