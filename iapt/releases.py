@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import importlib.metadata
+import operator
 import warnings
 
 from packaging.requirements import Requirement
@@ -25,8 +26,8 @@ def tested(name: str) -> SpecifierSet:
         required = [Requirement(line) for line in importlib.metadata.requires("iapt") or ()]
     except importlib.metadata.PackageNotFoundError:  # a source tree that nobody installed
         return SpecifierSet()
-    [found] = [r.specifier for r in required if r.name == name] or [SpecifierSet()]
-    return found
+    # An extra that includes another one repeats its requirements.
+    return functools.reduce(operator.and_, (r.specifier for r in required if r.name == name), SpecifierSet())
 
 
 def beyond_tested(*names: str) -> str:

@@ -30,7 +30,8 @@ REQUIRED = {
     for r in map(Requirement, [*PROJECT["dependencies"], *(line for lines in EXTRAS.values() for line in lines)])
     if r.name != "iapt"
 }
-RANGES = ["torch>=2.11,<2.14", "transformers>=5.17,<5.25", "peft>=0.21,<0.22,!=0.21.1", "lm-eval<0.5; extra == 'x'"]
+RANGES = ["torch>=2.11,<2.14", "transformers>=5.17,<5.25", "peft>=0.21,<0.22,!=0.21.1"]
+RANGES += [f"lm-eval<0.5; extra == '{extra}'" for extra in ("harness", "test")]
 
 
 def lock(name: str) -> dict[str, list[Version]]:
