@@ -19,6 +19,7 @@ from transformers import (
 )
 from transformers.utils.logging import disable_progress_bar
 
+from iapt.architecture import decoder_layers, text_config
 from iapt.config import BackboneConfig
 from iapt.errors import UserError
 
@@ -43,7 +44,12 @@ class Backbone:
     @property
     def hidden_size(self) -> int:
         """d, the width of the residual stream."""
-        return int(self.lm.config.hidden_size)
+        return int(text_config(self.lm).hidden_size)
+
+    @property
+    def embedding_size(self) -> int:
+        """e, the width of a token's embedding; where it is not d, the model projects it (OPT-350m)."""
+        return int(self.embeddings.weight.shape[-1])
 
     @property
     def num_layers(self) -> int:
@@ -55,12 +61,9 @@ class Backbone:
         """The decoder layers, whatever the architecture calls them.
 
         Raises:
-            UserError: if the model has no list of num_hidden_layers modules.
+            UserError: if the model has no list of num_hidden_layers modules, or is an encoder-decoder.
         """
-        for module in self.lm.modules():
-            if isinstance(module, nn.ModuleList) and len(module) == self.lm.config.num_hidden_layers:
-                return module
-        raise UserError(f"backbone {self.name}: found no list of decoder layers in {type(self.lm).__name__}")
+        return decoder_layers(self.lm)
 
     @property
     def decoder(self) -> nn.Module:
@@ -75,10 +78,18 @@ class Backbone:
     @property
     def context(self) -> int | None:
         """The longest sequence the model has positions for, None if it does not say."""
-        return getattr(self.lm.config, "max_position_embeddings", None)
+        return getattr(text_config(self.lm), "max_position_embeddings", None)
+
+    @property
+    def pad_id(self) -> int:
+        """The id that padding is made of. Where the tokenizer's own lies outside the embedding table, it is eos:
+        masked columns, and rows that have ended, are embedded like all others."""
+        pad, eos = self.tokenizer.pad_token_id, self.tokenizer.eos_token_id
+        inside = pad is not None and pad < self.embeddings.weight.shape[0]
+        return int(pad if inside or eos is None else eos)
 
     def embed(self, ids: Tensor) -> Tensor:
-        """Token ids (...) int64 -> embeddings (..., d)."""
+        """Token ids (...) int64 -> embeddings (..., e)."""
         return self.embeddings(ids)
 
     def identity(self) -> dict[str, Any]:
@@ -89,7 +100,7 @@ class Backbone:
             "model_type": config.model_type,
             "num_layers": self.num_layers,
             "hidden_size": self.hidden_size,
-            "vocab_size": config.vocab_size,
+            "vocab_size": text_config(self.lm).vocab_size,
             "fingerprint": self._fingerprint(),
         }
 
@@ -150,7 +161,7 @@ def build_backbone(
             f"{what}: could not load backbone '{config.name}' (a hub id or a folder with config.json, weights and "
             f"tokenizer is expected): {_first_line(error)}"
         ) from error
-    if config.kind == "random" and lm.config.vocab_size < len(tokenizer):
+    if config.kind == "random" and text_config(lm).vocab_size < len(tokenizer):
         raise UserError(
             f"backbone.shape.vocab_size = {lm.config.vocab_size}: must be at least {len(tokenizer)}, the size of the "
             "embedded tokenizer that random backbones use"

@@ -27,8 +27,11 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from iapt.architecture import arguments_of, is_rewindable, new_cache
 from iapt.backbone import Backbone
 from iapt.batch import Batch
+from iapt.cache import PassCache
+from iapt.errors import UserError
 from iapt.hooks import LayerHooks, Plan
 from iapt.methods import Method, SoftPrompt
 
@@ -62,6 +65,11 @@ class Engine:
     Attributes:
         active: False runs the bare backbone.
         training: whether a backward pass may follow.
+        one_pass: no prefix is continued, every text is run whole. So it is where the backbone's state cannot be taken
+            back by a token (recurrent layers), and it is the second road to every number of the first.
+
+    Raises:
+        UserError: if the backbone lacks what the method, or any, attaches to.
     """
 
     def __init__(
@@ -70,45 +78,44 @@ class Engine:
         self.backbone, self.lm = backbone, backbone.lm
         self.method, self.autocast, self.checkpointing = method, autocast, checkpointing
         self.active, self.training = True, False
-        self.hooks = LayerHooks(backbone.layers, backbone.embeddings, method)
-        if not checkpointing:
-            return
-        # transformers renamed it within the range of versions that we allow.
-        old, new = "gradient_checkpointing_enable", "activation_checkpointing_enable"
-        getattr(self.lm, new if hasattr(self.lm, new) else old)({"use_reentrant": False})
-        for layer in backbone.layers:  # to recompute they must be in train mode; OPT's would then drop out
-            for name, value in vars(layer).items():
-                if "dropout" in name and isinstance(value, float):
-                    setattr(layer, name, 0.0)
+        self.arguments = arguments_of(backbone.lm)
+        self.one_pass = not is_rewindable(backbone.lm)
+        self.hooks = LayerHooks(backbone.layers, backbone.embeddings, method, checkpointing)
 
     def train(self, mode: bool) -> None:
-        """Whether a backward pass may follow. The backbone's modules stay in eval mode as far as that goes."""
+        """Whether a backward pass may follow. The backbone's modules stay in eval mode."""
         self.training = mode
-        if not mode:  # what activation checkpointing kept for a backward pass
-            self.hooks.plan = None
-        if self.checkpointing:  # transformers asks these very modules whether to recompute
-            for module in (self.backbone.decoder, *self.backbone.layers):
-                module.training = mode
+        self.hooks.recompute = mode and self.checkpointing
 
     def encode(self, batch: Batch) -> Prefix:
         """Run the instruction, and the soft tokens with it, up to but not including its last token."""
-        mask, cache, prompt, plan = batch.instruction_mask, DynamicCache(), self._prompt(), None
+        mask, cache, prompt, plan = batch.instruction_mask, new_cache(self.lm), self._prompt(), None
         with self._precision():
             if prompt is None:
-                self._run(self.backbone.embed(batch.instruction_ids[:, :-1]), mask[:, :-1], cache)
+                self._run(self._embed(batch.instruction_ids, mask)[:, :-1], mask[:, :-1], cache, keep_cache=True)
                 mask = mask[:, :-1]
             elif prompt.position == "before_instruction":
                 plan, embeds, mask = self._before(prompt, batch)
-                self._run(embeds, mask, cache, plan=plan)
-                # The last token had to run, a generator reads its states; every continuation runs it again.
-                cache.crop(-1)
+                # The last token has to run, a generator reads its states; every continuation runs it again.
+                if self.one_pass:
+                    self._run(embeds, mask, plan=plan)
+                    plan.again = True
+                    self._run(embeds[:, :-1], mask[:, :-1], cache, plan=plan, keep_cache=True)
+                else:
+                    self._run(embeds, mask, cache, plan=plan, keep_cache=True)
+                    cache.crop(-1)
                 mask = mask[:, :-1]
             else:
-                plan, soft = self._plan_after(prompt, batch, cache)
-                cache.crop(-1)
-                mask = torch.cat([mask[:, :-1], soft.new_ones(soft.shape[:2], dtype=torch.bool)], 1)
-                self._run(soft, mask, cache, plan=plan)
-        return Prefix(cache, mask, batch.instruction_ids[:, -1:], self._plan_of_continuation(prompt, plan))
+                plan, soft = self._plan_after(prompt, batch, None if self.one_pass else cache)
+                embeds, mask = soft, mask[:, :-1]
+                if self.one_pass:
+                    plan.slots = plan.soft
+                    embeds = torch.cat([self._embed(batch.instruction_ids, batch.instruction_mask)[:, :-1], soft], 1)
+                else:
+                    cache.crop(-1)
+                mask = torch.cat([mask, soft.new_ones(soft.shape[:2], dtype=torch.bool)], 1)
+                self._run(embeds, mask, cache, plan=plan, keep_cache=True)
+        return Prefix(cache, mask, batch.instruction_ids[:, -1:], self._plan_of_continuation(prompt, plan, cache))
 
     def response_logits(self, batch: Batch) -> Tensor:
         """(B, R, V): the logits that predict each response token, in one pass with gradient."""
@@ -128,20 +135,18 @@ class Engine:
 
     def _run_whole(self, batch: Batch, ids: Tensor, seen: Tensor, keep: int) -> Tensor:
         """Instruction, soft tokens and `ids` (B, T) with their mask `seen`, with gradient; returns what `_run` does."""
-        prompt, embed = self._prompt(), self.backbone.embed
-        response, mask = embed(ids), batch.instruction_mask
+        prompt, mask, response = self._prompt(), batch.instruction_mask, self._embed(ids, seen)
         if prompt is None:
-            embeds = torch.cat([embed(batch.instruction_ids), response], 1)
+            embeds = torch.cat([self._embed(batch.instruction_ids, mask), response], 1)
             return self._run(embeds, torch.cat([mask, seen], 1), keep=keep)
         if prompt.position == "before_instruction":
             plan, embeds, mask = self._before(prompt, batch)
             return self._run(torch.cat([embeds, response], 1), torch.cat([mask, seen], 1), keep=keep, plan=plan)
-        # transformers drops the cache where it checkpoints, so there the prefix is run again with the rest.
-        cache = None if self.checkpointing and self.training else DynamicCache()
+        cache = None if self.one_pass else new_cache(self.lm)
         plan, soft = self._plan_after(prompt, batch, cache)
         ones = soft.new_ones(soft.shape[:2], dtype=torch.bool)
         whole = torch.cat([mask[:, :-1], ones, mask[:, -1:], seen], 1)
-        first, last = embed(batch.instruction_ids).split([mask.shape[1] - 1, 1], dim=1)
+        first, last = self._embed(batch.instruction_ids, mask).split([mask.shape[1] - 1, 1], dim=1)
         tail = torch.cat([soft, last, response], 1)
         if cache is None:
             plan.slots = plan.soft
@@ -150,16 +155,20 @@ class Engine:
         return self._run(tail, whole, cache, keep=keep, plan=plan)
 
     def continue_prefix(self, prefix: Prefix, ids: Tensor, mask: Tensor) -> Tensor:
-        """(B, T, V) logits that predict ids (B, T) after the prefix, which is left as it was."""
+        """(B, T, V) logits that predict ids (B, T) after the prefix, which is left as it was.
+
+        Raises:
+            ValueError: with `one_pass`, where nothing can be left as it was.
+        """
+        if self.one_pass:
+            raise ValueError("this engine runs every text whole: ask `response_logits`")
         inputs = torch.cat([prefix.last_ids, ids[:, :-1]], 1)
         seen = torch.cat([prefix.mask, torch.ones_like(prefix.mask[:, :1]), mask[:, :-1]], 1)
         with self._precision():
-            embeds = self.backbone.embed(inputs)
+            embeds = self._embed(inputs, seen[:, prefix.mask.shape[1] :])
             if prefix.plan is not None and prefix.plan.first is not None:
                 embeds = torch.cat([prefix.plan.first, embeds[:, 1:]], 1)
-            logits = self._run(embeds, seen, prefix.cache, keep=ids.shape[1], plan=prefix.plan)
-        prefix.cache.crop(-ids.shape[1])
-        return logits
+            return self._run(embeds, seen, prefix.cache, keep=ids.shape[1], plan=prefix.plan)
 
     @contextmanager
     def continuing(self, prefix: Prefix) -> Iterator[None]:
@@ -177,7 +186,7 @@ class Engine:
 
     def _soft_columns(self, prompt: SoftPrompt, batch: Batch) -> Tensor:
         """(B, s, d): what stands in the soft columns before the model embeds them."""
-        shape = len(batch.instruction_ids), prompt.num_soft_tokens, self.backbone.hidden_size
+        shape = len(batch.instruction_ids), prompt.num_soft_tokens, self.backbone.embedding_size
         given = prompt.input_embeddings()
         if given is None:
             return torch.zeros(shape, dtype=self.lm.dtype, device=self.lm.device)
@@ -189,7 +198,7 @@ class Engine:
         padding = (~mask).sum(1, keepdim=True)
         slots = padding + torch.arange(soft.shape[1], device=mask.device)
         columns = torch.arange(mask.shape[1], device=mask.device) + soft.shape[1] * mask
-        words = self.backbone.embed(batch.instruction_ids)
+        words = self._embed(batch.instruction_ids, mask)
         if prompt.edits_embeddings:
             words = prompt.edit_embeddings(words, mask).to(words.dtype)
         wide = [c[..., None].expand(-1, -1, words.shape[-1]) for c in (columns, slots)]
@@ -210,22 +219,22 @@ class Engine:
         hidden = prompt.hidden_layers
         return Plan(batch.instruction_mask, slots=slots, states=states, soft=start + slots, hidden=hidden), soft
 
-    def _plan_of_continuation(self, prompt: SoftPrompt | None, plan: Plan | None) -> Plan | None:
+    def _plan_of_continuation(self, prompt: SoftPrompt | None, plan: Plan | None, cache: DynamicCache) -> Plan | None:
         """After the prefix nothing is written. Where soft tokens are hidden they must still not be seen, vectors still
         scale, and the instruction's last token still enters as the method has edited it."""
         if prompt is None or plan is None:
             return None
         if not (plan.hidden or prompt.scales or prompt.edits_embeddings):
             return None
-        return Plan(plan.mask, soft=plan.soft, scales=plan.scales, first=plan.first, hidden=plan.hidden)
+        return Plan(plan.mask, soft=plan.soft, scales=plan.scales, first=plan.first, hidden=plan.hidden, cache=cache)
 
     @torch.no_grad()
     def _read(self, batch: Batch, cache: DynamicCache | None, reads: str) -> list[Tensor]:
         """The frozen prefix: the instruction through the bare backbone; what a generator will read of it."""
         record: list[Tensor] = []
         plan = Plan(batch.instruction_mask, record=record) if reads == "layers" else None
-        embeds = self.backbone.embed(batch.instruction_ids)
-        last = self._run(embeds, batch.instruction_mask, cache, plan=plan)
+        embeds = self._embed(batch.instruction_ids, batch.instruction_mask)
+        last = self._run(embeds, batch.instruction_mask, cache, plan=plan, keep_cache=True)
         return record if reads == "layers" else [last] * self.backbone.num_layers
 
     def _run(
@@ -236,29 +245,58 @@ class Engine:
         *,
         keep: int = 0,
         plan: Plan | None = None,
+        keep_cache: bool = False,
     ) -> Tensor:
         """One pass: embeds (B, Q, d) are the last Q of mask's (B, C + Q) columns, the cache holds the others.
 
-        Returns the logits (B, keep, V) of the last `keep` columns, or the last hidden states (B, Q, d) if keep is 0.
+        The cache is extended with `keep_cache` and else left as it is.
+
+        Returns:
+            The logits (B, keep, V) of the last `keep` columns, or the last hidden states (B, Q, d) if keep is 0.
+
+        Raises:
+            UserError: if a layer's keys and values were to be edited and never came by.
         """
-        positions = (mask.long().cumsum(1) - 1).clamp(min=0)[:, -embeds.shape[1] :]
-        inputs = {
-            "inputs_embeds": embeds,
-            "attention_mask": mask.long(),
-            "position_ids": positions,
-            "past_key_values": cache,
-            "use_cache": cache is not None,
-        }
+        if keep_cache and self.hooks.recompute and torch.is_grad_enabled():
+            raise ValueError("layers that are recomputed in the backward pass would write into the cache twice")
+        edit = self.hooks.edit(plan) if plan is not None else None
+        view: DynamicCache | None = cache
+        if edit is not None or (cache is not None and not keep_cache):
+            view = PassCache(cache, edit, keep_cache)
+        names = self.arguments
+        inputs: dict[str, Any] = {"inputs_embeds": embeds, "attention_mask": mask.long(), names.cache: view}
+        if names.positions:
+            inputs["position_ids"] = (mask.long().cumsum(1) - 1).clamp(min=0)[:, -embeds.shape[1] :]
+        if names.use_cache:
+            inputs["use_cache"] = view is not None
+        if plan is not None:
+            plan.cache = cache
         self.hooks.plan = plan
         try:
-            if keep:
-                return self.lm(**inputs, logits_to_keep=keep).logits
-            return self.backbone.decoder(**inputs).last_hidden_state
+            if keep and names.logits_to_keep:
+                found: Tensor = self.lm(**inputs, logits_to_keep=keep).logits
+            elif keep:
+                found = self.lm(**inputs).logits[:, -keep:]
+            else:
+                found = self.backbone.decoder(**inputs)[0]
         finally:
-            # Activation checkpointing runs the attention's hooks once more in the backward pass (and, in some releases
-            # of transformers, the layers'); then it must still be there.
-            if not (self.checkpointing and torch.is_grad_enabled()):
-                self.hooks.plan = None
+            self.hooks.plan = None
+        if edit is not None:
+            assert isinstance(view, PassCache)
+            assert plan is not None
+            self._refuse_unasked(set(range(self.backbone.num_layers)) - plan.hidden - view.asked)
+        return found
+
+    def _refuse_unasked(self, layers: set[int]) -> None:
+        if layers:
+            raise UserError(
+                f"method: {type(self.method).__name__} edits every layer's keys and values, and in "
+                f"{type(self.lm).__name__} those of layers {sorted(layers)} never came by the cache"
+            )
+
+    def _embed(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """(B, N, e) embeddings of ids (B, N); a pad token need not be in the table."""
+        return self.backbone.embed(ids.masked_fill(~mask, 0))
 
     def _precision(self) -> AbstractContextManager[Any]:
         return torch.autocast(self.lm.device.type, self.autocast) if self.autocast else nullcontext()

@@ -197,7 +197,7 @@ def _over_batches(
         for turn in range(rounds):
             # Every process runs equally many batches, since sharded layers wait for each other; surplus is dropped.
             number = min(turn * world + rank, len(batches) - 1)
-            batch = collate([items[i] for i in batches[number]], model.backbone.tokenizer.pad_token_id)
+            batch = collate([items[i] for i in batches[number]], model.backbone.pad_id)
             own.append((number, work(batch.to(accelerator.device))))
     found = dict(gather_object(own))
     return [found[number] for number in range(len(batches))]

@@ -13,10 +13,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import Cache
 
+from iapt.architecture import MaskArgument, attention_of, mask_argument, part_of
+from iapt.errors import UserError
 from iapt.methods import SoftPrompt
-from iapt.scaling import part_of
 
 
 @dataclass
@@ -34,6 +36,9 @@ class Plan:
             instruction, and still there for what follows it.
         first: (B, 1, d), stands for the first token that is embedded after the prefix.
         hidden: the layers in which no other token sees the soft columns.
+        cache: what earlier passes have kept, None for nothing.
+        written: layer -> the soft tokens that were written there, to write the same ones in a second pass.
+        again: write what stands in `written`, ask for nothing.
     """
 
     mask: Tensor
@@ -45,6 +50,9 @@ class Plan:
     scales: dict[tuple[int, str], Tensor] = field(default_factory=dict)
     first: Tensor | None = None
     hidden: frozenset[int] = frozenset()
+    cache: Cache | None = None
+    written: dict[int, Tensor] = field(default_factory=dict)
+    again: bool = False
 
     def repeat(self, copies: int) -> None:
         """Every row `copies` times, for beams and samples; for plans of a continuation."""
@@ -59,31 +67,74 @@ class LayerHooks:
         layers: the decoder layers, in order.
         embeddings: the table of token embeddings.
         method: whose soft tokens are written; any other method, or None, has none.
+        checkpointing: the layers may recompute their activations in the backward pass.
 
     Attributes:
         plan: what to do in the passes to come.
         first: (B, 1, d), what the embedding table answers next time, and only then.
+        recompute: whether the layers keep no activations in the passes to come.
+
+    Raises:
+        UserError: if a layer lacks what the method reaches for.
     """
 
-    def __init__(self, layers: Iterable[nn.Module], embeddings: nn.Module, method: nn.Module | None) -> None:
+    def __init__(
+        self, layers: Iterable[nn.Module], embeddings: nn.Module, method: nn.Module | None, checkpointing: bool = False
+    ) -> None:
         self.plan: Plan | None = None
         self.first: Tensor | None = None
+        self.recompute = False
         self._method = method
-        self._handles = []
-        for index, layer in enumerate(layers):
+        self._handles: list[Any] = []
+        try:
+            for index, layer in enumerate(layers):
+                self._register(index, layer, method, checkpointing)
+            if isinstance(method, SoftPrompt) and method.edits_embeddings:
+                self._handles.append(embeddings.register_forward_hook(self._after_embeddings))
+        except UserError:
+            self.remove()
+            raise
+
+    def _register(self, index: int, layer: nn.Module, method: nn.Module | None, checkpointing: bool) -> None:
+        if checkpointing:
+            self._wrap(index, layer)
+        else:
             hook = partial(self._before_layer, index)
             self._handles.append(layer.register_forward_pre_hook(hook, with_kwargs=True))
-            if isinstance(method, SoftPrompt) and (method.edits_cache or method.hides):
-                # Not on the layer: what it is handed passes through activation checkpointing, which drops caches.
-                inner = partial(self._before_attention, index)
-                self._handles.append(_attention(layer).register_forward_pre_hook(inner, with_kwargs=True))
-            for part in method.scales if isinstance(method, SoftPrompt) else ():
-                module, columns, _ = part_of(layer, part)
-                after = partial(self._after_part, (index, part), columns)
-                self._handles.append(module.register_forward_hook(after))
+        if not isinstance(method, SoftPrompt):
+            return
+        if method.hides:
+            attention = attention_of(layer)
+            inner = partial(self._before_attention, index, mask_argument(attention))
+            self._handles.append(attention.register_forward_pre_hook(inner, with_kwargs=True))
+        for part in method.scales:
+            module, columns, _ = part_of(layer, part)
+            after = partial(self._after_part, (index, part), columns)
+            self._handles.append(module.register_forward_hook(after))
 
-        if isinstance(method, SoftPrompt) and method.edits_embeddings:
-            self._handles.append(embeddings.register_forward_hook(self._after_embeddings))
+    def _wrap(self, index: int, layer: nn.Module) -> None:
+        """Make the layer recompute itself, the soft tokens in front of it included, while `recompute` is on.
+
+        Not by transformers' own switch: that one drops the cache, and asks for train mode, in which some frozen
+        layers would drop activations out.
+        """
+        forward = layer.forward
+
+        def run(plan: Plan | None, *args: Any, **kwargs: Any) -> Any:
+            was, self.plan = self.plan, plan  # in the backward pass it is another one, or none
+            try:
+                args, kwargs = self._before_layer(index, layer, args, kwargs) or (args, kwargs)
+                return forward(*args, **kwargs)
+            finally:
+                self.plan = was
+
+        def saving(*args: Any, **kwargs: Any) -> Any:
+            if not (self.recompute and torch.is_grad_enabled()):
+                return run(self.plan, *args, **kwargs)
+            return checkpoint(run, self.plan, *args, use_reentrant=False, **kwargs)
+
+        layer.forward = saving
+        self._handles.append(_Wrapped(layer, saving))
 
     def remove(self) -> None:
         """Take the hooks off the layers."""
@@ -102,78 +153,83 @@ class LayerHooks:
             return None
         if plan.slots is None:
             return None
+        soft = plan.written.get(index) if plan.again else self._ask(index, plan, hidden)
+        if soft is None:
+            return None
+        hidden = _put(hidden, plan.slots, soft)
+        return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
+
+    def _ask(self, index: int, plan: Plan, hidden: Tensor) -> Tensor | None:
+        """What the method writes in front of layer `index`, whose input is hidden (B, K, d)."""
         assert isinstance(self._method, SoftPrompt)
+        assert plan.slots is not None
         states = plan.states[index] if plan.columns is None else _take(hidden, plan.columns)
         # Where nothing sees the soft tokens, there is nothing to ask for.
         soft = None if index in plan.hidden else self._method(index, states, plan.mask, _take(hidden, plan.slots))
         if self._method.scales:
             scales = self._method.scale(index, states, plan.mask)
             plan.scales.update({(index, part): scale for part, scale in scales.items()})
-        if soft is None:
-            return None
-        hidden = _put(hidden, plan.slots, soft)
-        return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
+        if soft is not None:
+            plan.written[index] = soft
+        return soft
 
     def _after_embeddings(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
         first, self.first = self.first, None
         return first
 
     def _after_part(
-        self, place: tuple[int, str], columns: slice | None, module: nn.Module, args: tuple[Any, ...], output: Tensor
+        self, place: tuple[int, str], columns: Tensor | None, module: nn.Module, args: tuple[Any, ...], output: Tensor
     ) -> Tensor | None:
         if self.plan is None or (scale := self.plan.scales.get(place)) is None:
             return None
         # OPT's feed-forward sees the rows of a batch as one long row, (B Q, width).
         rows = output.view(len(scale), -1, output.shape[-1])
-        scale = scale[:, None].to(output.dtype)
-        if columns is None:
-            return (rows * scale).view_as(output)
-        parts = [rows[..., : columns.start], rows[..., columns] * scale, rows[..., columns.stop :]]
-        return torch.cat(parts, -1).view_as(output)
+        scale = scale.to(output.dtype)
+        if columns is not None:  # the map computes other parts as well, and they stay
+            ones = scale.new_ones(len(scale), output.shape[-1])
+            scale = ones.index_copy(1, columns.to(scale.device), scale)
+        return (rows * scale[:, None]).view_as(output)
 
     def _before_attention(
-        self, index: int, attention: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self, index: int, argument: MaskArgument, attention: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        plan, method = self.plan, self._method
-        if plan is None or plan.record is not None:
+        plan = self.plan
+        if plan is None or plan.soft is None or index not in plan.hidden:
             return None
-        assert isinstance(method, SoftPrompt)
-        cache = kwargs.get("past_key_values")
-        changed: dict[str, Any] = {}
-        if method.edits_cache and plan.slots is not None and index not in plan.hidden:
-            changed["past_key_values"] = _SlotCache(cache, partial(method.keys_values, index), plan.slots)
-        if index in plan.hidden and plan.soft is not None:
-            hidden: Tensor = args[0] if args else kwargs["hidden_states"]
-            cached = cache.get_seq_length(index) if cache is not None else 0
-            changed["attention_mask"] = _hide(kwargs.get("attention_mask"), plan, hidden, cached, attention)
-        return args, {**kwargs, **changed}
+        given = argument.signature.bind(*args, **kwargs)
+        hidden: Tensor = given.arguments[argument.states]
+        cached = plan.cache.get_seq_length(index) if plan.cache is not None else 0
+        given.arguments[argument.name] = _hide(
+            given.arguments.get(argument.name), plan.soft, hidden, cached, attention, argument.true_hides
+        )
+        return given.args, given.kwargs
+
+    def edit(self, plan: Plan) -> Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor]] | None:
+        """What the method makes of the soft columns' keys and values in a pass; None if it leaves them alone."""
+        method, slots = self._method, plan.slots
+        if not isinstance(method, SoftPrompt) or not method.edits_cache or slots is None:
+            return None
+
+        def edited(layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+            if layer in plan.hidden:
+                return keys, values
+            soft = slots[:, None].expand(-1, keys.shape[1], -1)
+            own = method.keys_values(layer, _take(keys, soft), _take(values, soft))
+            return _put(keys, soft, own[0]), _put(values, soft, own[1])
+
+        return edited
 
 
-class _SlotCache:
-    """Stands in for a layer's cache during one pass: lets a method edit the soft columns' keys and values.
+class _Wrapped:
+    """The handle of a layer whose forward pass was replaced, by `remove` as it was."""
 
-    Attention modules know a cache by its `update` alone; with None behind it, nothing is kept.
-    """
+    def __init__(self, layer: nn.Module, own: Callable[..., Any]) -> None:
+        self._layer, self._own = layer, own
 
-    def __init__(
-        self, cache: Cache | None, edit: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]], slots: Tensor
-    ) -> None:
-        self._cache, self._edit, self._slots = cache, edit, slots
-
-    def update(self, keys: Tensor, values: Tensor, layer: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """As transformers' `Cache.update`."""
-        slots = self._slots[:, None].expand(-1, keys.shape[1], -1)
-        edited = self._edit(_take(keys, slots), _take(values, slots))
-        keys, values = _put(keys, slots, edited[0]), _put(values, slots, edited[1])
-        return (keys, values) if self._cache is None else self._cache.update(keys, values, layer, *args, **kwargs)
-
-
-def _attention(layer: nn.Module) -> nn.Module:
-    """A decoder layer's self-attention, by the names that transformers uses."""
-    for name in ("self_attn", "attn", "attention", "self_attention"):
-        if isinstance(module := getattr(layer, name, None), nn.Module):
-            return module
-    raise ValueError(f"found no self-attention in {type(layer).__name__}")
+    def remove(self) -> None:
+        # Where another model has wrapped the layer since, its wrapper goes on calling ours, which does nothing.
+        if vars(self._layer).get("forward") is self._own:
+            del self._layer.forward
 
 
 def _take(whole: Tensor, columns: Tensor) -> Tensor:
@@ -186,23 +242,32 @@ def _put(whole: Tensor, columns: Tensor, part: Tensor) -> Tensor:
     return whole.scatter(-2, columns[..., None].expand_as(part), part.to(whole.dtype))
 
 
-def _hide(mask: Tensor | None, plan: Plan, hidden: Tensor, cached: int, attention: nn.Module) -> Tensor:
+def _hide(
+    mask: Tensor | None, soft: Tensor, hidden: Tensor, cached: int, attention: nn.Module, true_hides: bool
+) -> Tensor:
     """The attention mask with the soft columns hidden from every row but their own.
 
     Takes all forms that transformers hands to a layer: (B, 1, Q, K) bool or additive, (B, K) for flash attention,
     None where it leaves causality to the kernel.
+
+    Args:
+        soft: (B, s) int64, the soft columns among all K.
+        hidden: (B, Q, d), the module's input.
+        cached: K - Q.
+        true_hides: a boolean mask is True at what is not seen.
     """
-    assert plan.soft is not None
     rows = hidden.shape[1]
     columns = torch.arange(cached + rows, device=hidden.device)
-    soft = (columns[None, :, None] == plan.soft[:, None]).any(-1)  # (B, K)
+    own = (columns[None, :, None] == soft[:, None]).any(-1)  # (B, K)
     config: Any = getattr(attention, "config", None)
     flash = "flash" in str(getattr(config, "_attn_implementation", ""))
     if mask is None:
-        mask = torch.ones_like(soft) if flash else (columns <= columns[cached:, None])[None, None]
+        mask = torch.ones_like(own) if flash else (columns <= columns[cached:, None])[None, None] != true_hides
     if mask.dim() == 2:
-        return mask.bool() & ~soft
+        return mask.bool() & ~own
     # A row of nothing but hidden columns would make the softmax NaN, and NaN survives a weight of 0: the soft rows
     # go on seeing themselves.
-    hide = (soft[:, None, :] & ~soft[:, cached:, None])[:, None]
-    return mask & ~hide if mask.dtype == torch.bool else mask.masked_fill(hide, torch.finfo(mask.dtype).min)
+    hide = (own[:, None, :] & ~own[:, cached:, None])[:, None]
+    if mask.dtype != torch.bool:
+        return mask.masked_fill(hide, torch.finfo(mask.dtype).min)
+    return mask | hide if true_hides else mask & ~hide

@@ -193,7 +193,8 @@ class AdaptedModel(nn.Module):
         """
         if batch.choice_ids is None or batch.choice_mask is None:
             raise ValueError("score needs a batch with choices")
-        if self.engine.checkpointing and self.training:  # transformers drops the cache there: every choice a row
+        # Where nothing can be continued, or layers that are recomputed would write their keys twice: a row a choice.
+        if self.engine.one_pass or (self.engine.checkpointing and self.training):
             copies = batch.choice_ids.shape[1]
             ids, mask = batch.choice_ids.flatten(0, 1), batch.choice_mask.flatten(0, 1)
             shown, seen, rows = (
@@ -249,7 +250,7 @@ class AdaptedModel(nn.Module):
             if prefix.plan is not None:
                 prefix.plan.repeat(copies)
         # The cached columns need ids for their count's sake only; they are never looked up.
-        cached = torch.full_like(prefix.mask, tokenizer.pad_token_id, dtype=torch.long)
+        cached = torch.full_like(prefix.mask, self.backbone.pad_id, dtype=torch.long)
         ids = torch.cat([cached, prefix.last_ids], 1)
         if (allowed := options.get("prefix_allowed_tokens_fn")) is not None:
             options["prefix_allowed_tokens_fn"] = lambda row, seen: allowed(row, seen[ids.shape[1] :])
@@ -257,9 +258,8 @@ class AdaptedModel(nn.Module):
             output = self.lm.generate(
                 input_ids=ids,
                 attention_mask=torch.cat([prefix.mask, batch.instruction_mask[:, -1:]], 1).long(),
-                past_key_values=prefix.cache,
-                pad_token_id=tokenizer.pad_token_id,
-                **{"do_sample": False, **options},
+                pad_token_id=self.backbone.pad_id,
+                **{self.engine.arguments.cache: prefix.cache, "do_sample": False, **options},
             )
         return output[:, ids.shape[1] :]
 

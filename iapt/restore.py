@@ -136,4 +136,4 @@ def batch_of(model: AdaptedModel, instructions: Sequence[Ids], responses: Sequen
     answers = [ids[-1:] for ids in instructions] if responses is None else responses
     pairs = enumerate(zip(instructions, answers, strict=True))
     rows = [Encoded(index, instruction, response, ()) for index, (instruction, response) in pairs]
-    return collate(rows, model.backbone.tokenizer.pad_token_id).to(model.lm.device)
+    return collate(rows, model.backbone.pad_id).to(model.lm.device)

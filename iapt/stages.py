@@ -36,7 +36,7 @@ UNTRAINED: dict[str, Any] = {
 def fit(config: Config, model: AdaptedModel, train: Sequence[Encoded], accelerator: Accelerator) -> None:
     """Let the method look at training examples, in an order and with random numbers that every rank shares."""
     assert model.method is not None
-    device, pad = accelerator.device, model.backbone.tokenizer.pad_token_id
+    device, pad = accelerator.device, model.backbone.pad_id
     decoded = generates(config)
 
     def batches() -> Iterator[Batch]:
@@ -109,7 +109,7 @@ def report(
         model.train(False)
         with torch.no_grad():
             for places in evaluation_batches(dev, config.trainer.eval_batch_size)[:BATCHES_TO_REPORT]:
-                batch = collate([dev[i] for i in places], model.backbone.tokenizer.pad_token_id)
+                batch = collate([dev[i] for i in places], model.backbone.pad_id)
                 model.encode(batch.to(accelerator.device))
 
     return model.method.write_report(folder if accelerator.is_main_process else None, encode)

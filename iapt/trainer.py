@@ -197,7 +197,7 @@ class Trainer:
             share = items[part::parts]
             # A part of the epoch's short last batch may be empty; its process still has to run the same layers.
             weight = 1.0 if share else 0.0
-            batch = collate(share or items[:1], self.model.backbone.tokenizer.pad_token_id).to(self.accelerator.device)
+            batch = collate(share or items[:1], self.model.backbone.pad_id).to(self.accelerator.device)
             loss = self.model.loss(batch, "sum") * (weight / count)
             loss.backward()
             total += loss.detach()

@@ -13,7 +13,6 @@ Where a model normalises a sublayer's output before the residual sum (Gemma 2), 
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -23,13 +22,12 @@ from typing import TYPE_CHECKING, Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from iapt.errors import UserError
+from iapt.architecture import SUBLAYERS, find_sublayers
 from iapt.methods import MethodConfig, MethodSpec, SizeKnob, WeightMethod, register
 
 if TYPE_CHECKING:
     from iapt.backbone import Backbone
 
-SUBLAYERS = ("attention", "ffn")
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "gelu": F.gelu, "silu": F.silu, "tanh": F.tanh}
 
 
@@ -121,40 +119,6 @@ class Adapters(WeightMethod):
 
     def _beside(self, bottleneck: nn.Module, read: list[Tensor], module: nn.Module, args: Any, output: Any) -> Any:
         return _add(output, self._scale * bottleneck(read.pop())) if self.active else None
-
-
-def find_sublayers(layer: nn.Module) -> dict[str, tuple[nn.Module, nn.Module]]:
-    """The attention and the feed-forward sublayer of a decoder layer, by the names that transformers uses.
-
-    Returns:
-        For each of `SUBLAYERS` the module that reads the sublayer's input, and the one whose output (B, N, d), or
-        the first entry of its tuple, is what the residual sum takes. Mostly one module is both.
-
-    Raises:
-        UserError: if one of them is not there, or takes the residual as an argument and does the sum itself.
-    """
-    found: dict[str, tuple[nn.Module, nn.Module]] = {}
-    names = {
-        "attention": ("self_attn", "attn", "attention", "self_attention"),
-        "ffn": ("mlp", "feed_forward", "ffn", "block_sparse_moe"),
-    }
-    for sublayer in SUBLAYERS:
-        modules = [getattr(layer, name, None) for name in names[sublayer]]
-        module = next((m for m in modules if isinstance(m, nn.Module)), None)
-        if module is not None:
-            found[sublayer] = module, module
-    first, last = getattr(layer, "fc1", None), getattr(layer, "fc2", None)
-    if "ffn" not in found and isinstance(first, nn.Module) and isinstance(last, nn.Module):
-        found["ffn"] = first, last  # OPT has no module around the two
-    for sublayer in SUBLAYERS:
-        kind = type(layer).__name__
-        if sublayer not in found:
-            raise UserError(f"backbone: found no {sublayer} sublayer in {kind} to put an adapter on")
-        if "residual" in inspect.signature(found[sublayer][1].forward).parameters:
-            raise UserError(
-                f"backbone: {kind}'s {sublayer} sums with the residual itself, adapters would come too late"
-            )
-    return found
 
 
 def _hidden(output: Any) -> Tensor:

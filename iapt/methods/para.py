@@ -27,11 +27,11 @@ import torch
 from torch import Tensor, nn
 
 from iapt.activations import observe, write_activations
+from iapt.architecture import part_of
 from iapt.methods import BiLevel, MethodSpec, SizeKnob, SoftPrompt, SoftPromptConfig, register
 from iapt.nn.norm import to_read
 from iapt.nn.pooling import self_attention_pool
 from iapt.nn.rational import FUNCTIONS, Rational
-from iapt.scaling import part_of
 
 if TYPE_CHECKING:
     from iapt.backbone import Backbone

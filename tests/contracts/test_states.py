@@ -25,18 +25,19 @@ def test_the_instructions_last_state_is_what_predicts_the_response(case: Case, s
 
 
 def test_likelihoods_have_the_same_gradient_on_both_roads(case: Case, shape: str):
-    """One prefix that every choice continues, or, where activation checkpointing allows no cache, a row a choice."""
+    """One prefix that every choice continues, or a row a choice: with `one_pass`, or where layers are recomputed."""
     gradients = []
-    for checkpointing in (False, True):
-        model = build_model(case, shape, activation_checkpointing=checkpointing).train()
+    for road in ("prefix", "one_pass", "checkpointing"):
+        model = build_model(case, shape, activation_checkpointing=road == "checkpointing").train()
+        model.engine.one_pass = road == "one_pass"
         found = model.likelihoods(batch(examples()))
         assert found.shape == (5, 3)
         if model.trainable():
             (found * torch.arange(15).view(5, 3).cos()).sum().backward()
         gradients.append((found.detach(), {n: p.grad for n, p in model.trainable().items() if p.grad is not None}))
-    torch.testing.assert_close(gradients[1][0], gradients[0][0], **TOLERANCE)
-    assert gradients[0][1].keys() == gradients[1][1].keys()
-    for name, gradient in gradients[0][1].items():
-        torch.testing.assert_close(
-            gradients[1][1][name], gradient, rtol=1e-3, atol=1e-3, msg=lambda m, n=name: f"{n}: {m}"
-        )
+    expected, by_name = gradients[0]
+    for found, others in gradients[1:]:
+        torch.testing.assert_close(found, expected, **TOLERANCE)
+        assert others.keys() == by_name.keys()
+        for name, gradient in by_name.items():
+            torch.testing.assert_close(others[name], gradient, rtol=1e-3, atol=1e-3, msg=lambda m, n=name: f"{n}: {m}")

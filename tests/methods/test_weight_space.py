@@ -9,10 +9,10 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from iapt.architecture import find_sublayers
 from iapt.backbone import Backbone
 from iapt.errors import UserError
 from iapt.methods import METHODS, WeightMethod
-from iapt.methods.adapters import find_sublayers
 from iapt.model import AdaptedModel
 from tests.contracts.conftest import SHAPES, Case, batch, build_backbone, build_model, examples
 
