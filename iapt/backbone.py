@@ -145,6 +145,7 @@ def build_backbone(
         UserError: a path that does not load, a shape that transformers rejects, a missing extra.
     """
     dtype = DTYPES["bfloat16" if precision == "bf16" else "float32"] if config.dtype == "auto" else DTYPES[config.dtype]
+    source: str | Path = config.path if config.kind == "pretrained" and config.path else TINY_DIR
     implementation = None if attention == "auto" else attention  # None leaves it to transformers
     disable_progress_bar()  # of the loading of weights: noise beside the run's own
     try:
@@ -154,15 +155,14 @@ def build_backbone(
             )
         else:
             lm = AutoModelForCausalLM.from_pretrained(
-                TINY_DIR if config.kind == "tiny" else config.path,
+                source,
                 revision=config.revision or "main",
                 dtype=dtype,
                 attn_implementation=implementation,
                 quantization_config=_quantization(config.quantization),
                 device_map={"": device} if config.quantization != "none" else None,
-                generation_config=_ends_alone(TINY_DIR if config.kind == "tiny" else config.path, config.revision),
+                generation_config=_ends_alone(source, config.revision),
             )
-        source = config.path if config.kind == "pretrained" else TINY_DIR
         tokenizer = AutoTokenizer.from_pretrained(source, revision=config.revision or "main")
     except (OSError, ValueError, ImportError, KeyError, TypeError) as error:
         what = f"backbone.path = {config.path!r}" if config.kind == "pretrained" else f"backbone.shape = {config.shape}"
