@@ -54,6 +54,8 @@ class SourceConfig:
     generator: str | None = None  # a function of iapt.tasks.toy
     # What is asked about rows that are plain text (column `text`); `iapt.tasks.plain_text` says what each does.
     builder: str = choice("none", "none", "next_sentence", "sentence_choice", "unified_choice")
+    # Quotation marks in local csv and tsv files. auto: around fields in csv, text in tsv; refused where both could be.
+    quotes: str = choice("auto", "auto", "literal", "csv")
     splits: dict[str, str] = field(  # our name -> the source's name
         default_factory=lambda: {"train": "train", "validation": "validation", "test": "test"}
     )
@@ -70,6 +72,9 @@ class TaskConfig:
     separator: str = " "  # stands between instruction and response and belongs to the response's tokens
     label_column: str | None = None  # set: a classification task
     label_words: list[str] = field(default_factory=list)  # index = label id
+    # What a label in the data is: one of the words, or the index of one. auto: whichever all rows fit, and refused
+    # where they fit both and mean something else by it (words that are numbers).
+    labels_are: str = choice("auto", "auto", "words", "indices")
     # column -> {value in the data: wording in the template}
     value_words: dict[str, dict[str, str]] = field(default_factory=dict)
     # column -> the template of the rows in which that column is empty; the first such column counts
