@@ -15,6 +15,7 @@ from iapt.methods import MethodConfig
 BUDGET = re.compile(r"(?=.*[1-9])(\d+(?:\.\d+)?)\s*([kmb%]?)", re.IGNORECASE)
 BUDGET_FORM = "a number of parameters such as 20M, 300k or 1500, or a share of the backbone's such as 0.3%"
 PROTOCOLS = ("strict", "paper")
+METRIC_TOKENIZERS = ("13a", "intl", "zh", "char", "none", "ja-mecab", "ko-mecab")
 SPLIT_RULES = ("official", "halve_validation", "carve_train", "carve_train_twice", "split_validation")
 
 
@@ -90,6 +91,9 @@ class TaskConfig:
     references_column: str | None = None  # a row's list of right answers; null: its response is the only one
     group_references_by: str | None = None  # rows equal in this column share their references when scored
     metrics: list[str] = field(default_factory=lambda: ["accuracy"])  # the first is the one reported
+    # What bleu and rouge_l count as words. default: each metric's own, made for English and its like (13a, and runs of
+    # a-z and 0-9); else a tokenizer of sacrebleu for both: intl for other alphabets, zh or char where there are no blanks
+    metric_tokenizer: str = choice("default", "default", *METRIC_TOKENIZERS)
     # One rule for every protocol, or {strict: ..., paper: ...}; `iapt.tasks.splits` says what each rule does.
     split_rule: Any = "official"
     carve_size: int = at_least(1000, 1)

@@ -75,8 +75,9 @@ def cell_id(config: Config) -> str:
         del settings["task"]["source"]["builder"]
     if config.task.source.quotes == "auto":
         del settings["task"]["source"]["quotes"]
-    if config.task.labels_are == "auto":
-        del settings["task"]["labels_are"]
+    for key, value in (("labels_are", "auto"), ("metric_tokenizer", "default")):
+        if settings["task"][key] == value:
+            del settings["task"][key]
     return hash_of(settings)
 
 

@@ -64,7 +64,8 @@ def build_task(config: TaskConfig, data_dir: str | None, protocol: str = "strict
     """
     if problems := config.problems():
         raise ConfigError(problems)
-    metrics.check(config.metrics, metrics.CLASSIFICATION if config.label_column else metrics.GENERATION)
+    kind = metrics.CLASSIFICATION if config.label_column else metrics.GENERATION
+    metrics.check(config.metrics, kind, config.metric_tokenizer)
     fields = template_fields(config)
     words: list[str] = []  # about the rows, found while they are loaded
     units, how = split(config, rule_of(config, protocol), lambda name: _units(config, name, data_dir, words))
@@ -88,7 +89,8 @@ def build_task(config: TaskConfig, data_dir: str | None, protocol: str = "strict
             # The first of one shuffled order: a larger limit keeps every example of a smaller one.
             examples = [examples[i] for i in sorted(shuffled(config, len(examples))[:limit])]
         splits[name] = examples
-    notes += _overlap(splits) + metrics.notes(config.metrics)
+    references = [text for example in splits["test"] for text in example.references]
+    notes += _overlap(splits) + metrics.notes(config.metrics, config.metric_tokenizer, references)
     if config.template != config.template.rstrip() and config.separator:
         notes.append("task.template ends in white space, and the separator comes after it: write |- in YAML")
     return Task(config, splits, _fingerprint(splits), _template_hash(config), notes)
