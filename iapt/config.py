@@ -15,6 +15,7 @@ from iapt.methods import MethodConfig
 BUDGET = re.compile(r"(?=.*[1-9])(\d+(?:\.\d+)?)\s*([kmb%]?)", re.IGNORECASE)
 BUDGET_FORM = "a number of parameters such as 20M, 300k or 1500, or a share of the backbone's such as 0.3%"
 PROTOCOLS = ("strict", "paper")
+METRIC_TOKENIZERS = ("13a", "intl", "zh", "char", "none", "ja-mecab", "ko-mecab")
 SPLIT_RULES = ("official", "halve_validation", "carve_train", "carve_train_twice", "split_validation")
 
 
@@ -54,6 +55,8 @@ class SourceConfig:
     generator: str | None = None  # a function of iapt.tasks.toy
     # What is asked about rows that are plain text (column `text`); `iapt.tasks.plain_text` says what each does.
     builder: str = choice("none", "none", "next_sentence", "sentence_choice", "unified_choice")
+    # Quotation marks in local csv and tsv files. auto: around fields in csv, text in tsv; refused where both could be.
+    quotes: str = choice("auto", "auto", "literal", "csv")
     splits: dict[str, str] = field(  # our name -> the source's name
         default_factory=lambda: {"train": "train", "validation": "validation", "test": "test"}
     )
@@ -70,6 +73,9 @@ class TaskConfig:
     separator: str = " "  # stands between instruction and response and belongs to the response's tokens
     label_column: str | None = None  # set: a classification task
     label_words: list[str] = field(default_factory=list)  # index = label id
+    # What a label in the data is: one of the words, or the index of one. auto: whichever all rows fit, and refused
+    # where they fit both and mean something else by it (words that are numbers).
+    labels_are: str = choice("auto", "auto", "words", "indices")
     # column -> {value in the data: wording in the template}
     value_words: dict[str, dict[str, str]] = field(default_factory=dict)
     # column -> the template of the rows in which that column is empty; the first such column counts
@@ -85,6 +91,9 @@ class TaskConfig:
     references_column: str | None = None  # a row's list of right answers; null: its response is the only one
     group_references_by: str | None = None  # rows equal in this column share their references when scored
     metrics: list[str] = field(default_factory=lambda: ["accuracy"])  # the first is the one reported
+    # What bleu and rouge_l count as words. default: each metric's own, made for English and its like (13a, and runs of
+    # a-z and 0-9); else a tokenizer of sacrebleu for both: intl for other alphabets, zh or char where there are no blanks
+    metric_tokenizer: str = choice("default", "default", *METRIC_TOKENIZERS)
     # One rule for every protocol, or {strict: ..., paper: ...}; `iapt.tasks.splits` says what each rule does.
     split_rule: Any = "official"
     carve_size: int = at_least(1000, 1)

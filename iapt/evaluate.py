@@ -17,6 +17,7 @@ from iapt.calibration import expected_calibration_error
 from iapt.config import TaskConfig
 from iapt.errors import UserError
 from iapt.model import AdaptedModel
+from iapt.spelling import Speller
 from iapt.tasks import Example
 from iapt.trie import tries
 
@@ -76,7 +77,7 @@ def evaluate(
     elif task.label_column and task.scoring == "constrained":
         predict = _decode_labels(model, task, examples, together)
     else:
-        predict = _generate(model, task, examples, together)
+        predict = _generate(model, task, examples, items, together)
     predictions = _over_examples(model, items, batch_size, accelerator, predict)
     if task.label_column:
         found = [p.get("label", -1) for p in predictions]
@@ -85,7 +86,8 @@ def evaluate(
         if task.scoring == "likelihood" and not task.normalize_scores:
             values["ece"] = expected_calibration_error([p["scores"] for p in predictions], found, labels)
     else:
-        values = metrics.compute(task.metrics, [p["text"] for p in predictions], [list(e.references) for e in examples])
+        texts, references = [p["text"] for p in predictions], [list(e.references) for e in examples]
+        values = metrics.compute(task.metrics, texts, references, task.metric_tokenizer)
     records = [
         {
             "index": index,
@@ -116,17 +118,20 @@ def _classify(model: AdaptedModel, task: TaskConfig, examples: Sequence[Example]
     return predict
 
 
-def _generate(model: AdaptedModel, task: TaskConfig, examples: Sequence[Example], together: bool) -> Predict:
-    tokenizer = model.backbone.tokenizer
+def _generate(
+    model: AdaptedModel, task: TaskConfig, examples: Sequence[Example], items: Sequence[Encoded], together: bool
+) -> Predict:
+    speller = Speller(model.backbone.tokenizer, items)
+    words = speller.label_words(task.label_words, items[0].choices) if task.label_column else []
 
     def predict(batch: Batch) -> list[dict[str, Any]]:
         ids = model.generate(batch, max_new_tokens=task.max_new_tokens, num_beams=task.num_beams, synced_gpus=together)
-        texts = [t.strip() for t in tokenizer.batch_decode(ids, skip_special_tokens=True)]
+        texts = speller.texts(ids.tolist())
         if not task.label_column:
             return [{"text": text} for text in texts]
         counts = [examples[index].num_choices for index in batch.indices.tolist()]
         return [
-            {"text": text, "label": _begins_with(text, task.label_words[:count])}
+            {"text": text, "label": _begins_with(text, words[:count])}
             for text, count in zip(texts, counts, strict=True)
         ]
 
@@ -157,10 +162,10 @@ def _decode_labels(model: AdaptedModel, task: TaskConfig, examples: Sequence[Exa
     return predict
 
 
-def _begins_with(text: str, words: Sequence[str]) -> int:
-    """The longest label word that `text` begins with; -1, which equals no label, if there is none."""
-    fitting = [index for index, word in enumerate(words) if text.startswith(word)]
-    return max(fitting, key=lambda index: len(words[index]), default=-1)
+def _begins_with(text: str, words: Sequence[tuple[str, ...]]) -> int:
+    """The longest label word that `text` begins with, in one of its spellings; -1, which equals no label: none."""
+    fitting = [(len(form), -index) for index, forms in enumerate(words) for form in forms if text.startswith(form)]
+    return -max(fitting)[1] if fitting else -1
 
 
 def _over_examples(

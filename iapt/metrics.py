@@ -15,6 +15,7 @@ from typing import Any
 import datasets
 import evaluate
 
+from iapt import writing_systems
 from iapt.answers import exact_match, final_choice, final_number, word_f1
 from iapt.errors import UserError, suggest
 
@@ -70,11 +71,12 @@ class Bleu(evaluate.Metric):  # type: ignore[misc]
     """Corpus BLEU of sacrebleu with all references of each prediction, and its signature."""
 
     kind = GENERATION
+    counts_words = True
 
     def _info(self) -> evaluate.MetricInfo:
         return _info("Corpus BLEU", _TEXTS, "Post, 2018, A Call for Clarity in Reporting BLEU Scores")
 
-    def _compute(self, predictions: list[str], references: list[list[str]]) -> dict[str, Any]:
+    def _compute(self, predictions: list[str], references: list[list[str]], tokenizer: str) -> dict[str, Any]:
         from sacrebleu.metrics import BLEU
 
         # sacrebleu wants one stream per reference number; None fills the streams of those with fewer.
@@ -82,28 +84,45 @@ class Bleu(evaluate.Metric):  # type: ignore[misc]
             [refs[i] if i < len(refs) else None for refs in references]
             for i in range(max(len(refs) for refs in references))
         ]
-        bleu = BLEU()
+        bleu = BLEU() if tokenizer == "default" else BLEU(tokenize=tokenizer)
         score = bleu.corpus_score(predictions, streams).score
         return {"bleu": score / 100, "bleu_signature": str(bleu.get_signature())}
 
 
 class RougeL(evaluate.Metric):  # type: ignore[misc]
-    """ROUGE-L F of rouge-score, the best over the references, averaged over the predictions; no stemming."""
+    """ROUGE-L F of rouge-score, the best over the references, averaged over the predictions; no stemming.
+
+    rouge-score's own tokenizer takes all but a-z and 0-9 for blanks.
+    """
 
     kind = GENERATION
+    counts_words = True
 
     def _info(self) -> evaluate.MetricInfo:
         return _info("ROUGE-L", _TEXTS, "Lin, 2004, ROUGE: A Package for Automatic Evaluation of Summaries")
 
-    def _compute(self, predictions: list[str], references: list[list[str]]) -> dict[str, Any]:
+    def _compute(self, predictions: list[str], references: list[list[str]], tokenizer: str) -> dict[str, Any]:
         from rouge_score.rouge_scorer import RougeScorer
 
-        scorer = RougeScorer(["rougeL"])
+        scorer = RougeScorer(["rougeL"], tokenizer=None if tokenizer == "default" else _LowerCase(tokenizer))
         best = [
             max(scorer.score(ref, prediction)["rougeL"].fmeasure for ref in refs)
             for prediction, refs in zip(predictions, references, strict=True)
         ]
         return {"rouge_l": sum(best) / len(best)}
+
+
+class _LowerCase:
+    """The words of a sacrebleu tokenizer in lower case, as rouge-score asks for them."""
+
+    def __init__(self, name: str) -> None:
+        from sacrebleu.metrics import BLEU
+
+        self._split = BLEU(tokenize=name).tokenizer
+
+    def tokenize(self, text: str) -> list[str]:
+        """The words of a text."""
+        return list(self._split(text.lower()).split())
 
 
 class ExactMatch(evaluate.Metric):  # type: ignore[misc]
@@ -225,8 +244,8 @@ METRICS: dict[str, type[evaluate.Metric]] = {
 }
 
 
-def check(names: Sequence[str], kind: str) -> None:
-    """Raises UserError when a name is unknown or its metric does not score `kind` of tasks."""
+def check(names: Sequence[str], kind: str, tokenizer: str = "default") -> None:
+    """Raises UserError when a name is unknown, its metric does not score `kind` of tasks, or a package is missing."""
     for name in names:
         if name not in METRICS:
             raise UserError(f"task.metrics: unknown metric '{name}'; {suggest(name, METRICS)}")
@@ -236,22 +255,32 @@ def check(names: Sequence[str], kind: str) -> None:
                 f"task.metrics: '{name}' is a metric of {METRICS[name].kind} tasks, this is a {kind} task; "
                 f"allowed are {fitting}"
             )
+    if tokenizer != "default":
+        try:
+            _LowerCase(tokenizer)
+        except (RuntimeError, ImportError):
+            extra = f"sacrebleu[{tokenizer[:2]}]"
+            raise UserError(f"task.metric_tokenizer = {tokenizer}: needs a package; pip install '{extra}'") from None
     if names and names[0] == "meteor" and find_wordnet() is None:
         raise UserError(
             f"task.metrics = {list(names)}: the first is what is reported, and meteor needs WordNet ({_GET_WORDNET})"
         )
 
 
-def notes(names: Sequence[str]) -> list[str]:
-    """A word about every named metric that cannot be computed here."""
+def notes(names: Sequence[str], tokenizer: str = "default", references: Sequence[str] = ()) -> list[str]:
+    """A word about every named metric that cannot be computed here, or cannot read the script of the references."""
     missing = "meteor" in names and find_wordnet() is None
-    return [f"meteor: {NEEDS_WORDNET} ({_GET_WORDNET})"] if missing else []
+    found = [f"meteor: {NEEDS_WORDNET} ({_GET_WORDNET})"] if missing else []
+    return found + writing_systems.notes(
+        [name for name in names if not (missing and name == "meteor")], tokenizer, references
+    )
 
 
 def compute(
     names: Sequence[str],
     predictions: Sequence[int] | Sequence[str],
     references: Sequence[int] | Sequence[Any],
+    tokenizer: str = "default",
 ) -> dict[str, Any]:
     """The named metrics over one split.
 
@@ -259,6 +288,7 @@ def compute(
         names: keys of `METRICS`.
         predictions: n label ids, or n strings.
         references: n label ids, or n sequences of one or more strings.
+        tokenizer: whose words BLEU and ROUGE-L count, a `task.metric_tokenizer`.
 
     Returns:
         name -> value as a fraction of 1, in the order of `names`; beside them `bleu_signature` for `bleu`, `qa_f1` and
@@ -277,7 +307,9 @@ def compute(
     with tempfile.TemporaryDirectory(prefix="iapt-metrics-") as scratch:
         for name in names:
             metric = METRICS[name](keep_in_memory=True, cache_dir=scratch, experiment_id=uuid.uuid4().hex)
-            values |= metric.compute(predictions=list(predictions), references=[_plain(r) for r in references])
+            options = {"tokenizer": tokenizer} if getattr(metric, "counts_words", False) else {}
+            pairs = {"predictions": list(predictions), "references": [_plain(r) for r in references]}
+            values |= metric.compute(**pairs, **options)
     return values
 
 

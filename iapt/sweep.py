@@ -73,6 +73,11 @@ def cell_id(config: Config) -> str:
             settings["method"][key] = _adapter_digest(Path(folder)) or folder
     if config.task.source.builder == "none":  # likewise
         del settings["task"]["source"]["builder"]
+    if config.task.source.quotes == "auto":
+        del settings["task"]["source"]["quotes"]
+    for key, value in (("labels_are", "auto"), ("metric_tokenizer", "default")):
+        if settings["task"][key] == value:
+            del settings["task"][key]
     return hash_of(settings)
 
 
@@ -196,7 +201,7 @@ def _data_digest(config: Config) -> str | None:
     """Of the local files that the task is read from; None where there are none and the settings name the source."""
     if not config.data_dir or config.task.source.generator:
         return None
-    from iapt.tasks.source import SUFFIXES  # here, because all metrics come with it
+    from iapt.tasks.files import SUFFIXES  # here, because all metrics come with it
 
     folder = Path(config.data_dir).expanduser() / config.task.name
     if not folder.is_dir():

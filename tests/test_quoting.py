@@ -97,7 +97,7 @@ def test_every_text_is_refused_where_it_was_read_as_something_else(
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("label_words: [no, yes]", ["task.label_words[0] = False: ", """command line 'task.label_words=["no",...]')"""]),
+        ("label_words: [no, yes]", ["task.label_words[0] = False: ", """line 'task.label_words=["no",...]')"""]),
         ("label_words: [off, on]", ["task.label_words[1] = True: "]),
         ("label_words: [01, 00]", ["task.label_words[0] = 1: ", "01 is 1 and 1_000 is 1000"]),
         ("label_words: [1_000, a]", ["task.label_words[0] = 1000: "]),

@@ -108,6 +108,7 @@ class Run:
         found = {
             "protocol": self.summary.get("protocol") or self.settings.get("protocol"),
             "metric": self.summary.get("metric"),
+            "metric_tokenizer": self.settings.get("task.metric_tokenizer"),
             "data_fingerprint": self.summary.get("data_fingerprint"),
             "template_hash": self.summary.get("template_hash"),
             "backbone_fingerprint": self.summary.get("backbone_fingerprint") or backbone.get("fingerprint"),

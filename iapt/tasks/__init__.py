@@ -7,6 +7,7 @@ task are scored on the same examples.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 from collections import Counter
@@ -19,6 +20,7 @@ from iapt.config import TaskConfig
 from iapt.errors import ConfigError
 from iapt.tasks import plain_text
 from iapt.tasks.formatting import Example, make_examples, need, template_fields
+from iapt.tasks.labels import decide
 from iapt.tasks.source import load_rows
 from iapt.tasks.splits import Unit, rule_of, shuffled, split
 
@@ -58,30 +60,37 @@ def build_task(config: TaskConfig, data_dir: str | None, protocol: str = "strict
 
     Raises:
         UserError: a metric or template that does not fit, a missing column or split, a split with nothing in
-            it, a label outside the label words, an empty response, and what `load_rows` raises.
+            it, a label outside the label words or with two meanings, an empty response, and what `load_rows` raises.
     """
     if problems := config.problems():
         raise ConfigError(problems)
-    metrics.check(config.metrics, metrics.CLASSIFICATION if config.label_column else metrics.GENERATION)
+    kind = metrics.CLASSIFICATION if config.label_column else metrics.GENERATION
+    metrics.check(config.metrics, kind, config.metric_tokenizer)
     fields = template_fields(config)
     words: list[str] = []  # about the rows, found while they are loaded
     units, how = split(config, rule_of(config, protocol), lambda name: _units(config, name, data_dir, words))
     notes = [how, *words]
+    if config.label_column and not config.option_names_column:
+        rows = (row for members in units.values() for unit in members for _, _, row in unit)
+        read = dataclasses.replace(config, labels_are=decide(config, (row.get(config.label_column) for row in rows)))
+    else:
+        read = config
     splits = {}
     for name, members in units.items():
         limit = config.max_train_examples if name == "train" else config.max_eval_examples
         if config.source.builder == "none":
-            examples = make_examples(config, fields, name, members)
+            examples = make_examples(read, fields, name, members)
         else:
             built, note = plain_text.build_rows(config, name, members)
-            examples = make_examples(config, fields, name, built)
+            examples = make_examples(read, fields, name, built)
             notes.append(note)
         if limit is not None and limit < len(examples):
             notes.append(f"{name}: {limit} of {len(examples)} examples (split_seed {config.split_seed})")
             # The first of one shuffled order: a larger limit keeps every example of a smaller one.
             examples = [examples[i] for i in sorted(shuffled(config, len(examples))[:limit])]
         splits[name] = examples
-    notes += _overlap(splits) + metrics.notes(config.metrics)
+    references = [text for example in splits["test"] for text in example.references]
+    notes += _overlap(splits) + metrics.notes(config.metrics, config.metric_tokenizer, references)
     if config.template != config.template.rstrip() and config.separator:
         notes.append("task.template ends in white space, and the separator comes after it: write |- in YAML")
     return Task(config, splits, _fingerprint(splits), _template_hash(config), notes)
@@ -96,7 +105,7 @@ def _units(config: TaskConfig, split: str, data_dir: str | None, words: list[str
     groups: dict[str, Unit] = {}
     skipped = 0
     for number, row in enumerate(rows, 1):
-        if any(column in row and not str(row[column] or "").strip() for column in config.skip_if_empty):
+        if any(column in row and _is_empty(row[column]) for column in config.skip_if_empty):
             skipped += 1
             continue
         if key is not None:
@@ -105,6 +114,11 @@ def _units(config: TaskConfig, split: str, data_dir: str | None, words: list[str
     if skipped:
         words.append(f"{name}: {skipped} rows left out, with nothing in {' or '.join(config.skip_if_empty)}")
     return list(groups.values())
+
+
+def _is_empty(value: Any) -> bool:
+    """Whether there is nothing in a column; 0 and false are something."""
+    return value is None or (not value.strip() if isinstance(value, str) else value in ([], {}))
 
 
 def _overlap(splits: dict[str, list[Example]]) -> list[str]:

@@ -16,7 +16,8 @@ from typing import Any
 
 from iapt.config import TaskConfig
 from iapt.errors import UserError, suggest
-from iapt.tasks.source import Row
+from iapt.tasks.files import Row
+from iapt.tasks.labels import read_label
 from iapt.tasks.splits import Unit
 
 
@@ -33,6 +34,8 @@ class Example:
 
 class _Formatter(string.Formatter):
     def format_field(self, value: Any, format_spec: str) -> str:
+        if value is None or (isinstance(value, list) and None in value):
+            raise ValueError("null within a column")
         if isinstance(value, list):
             return (format_spec or ", ").join(map(str, value))
         return str(super().format_field(value, format_spec))
@@ -113,7 +116,7 @@ def _example(config: TaskConfig, fields: dict[str, list[str]], row: Row, where: 
         if config.options_column:
             values["options"], label, num_choices = _options(config, row, where)
         else:
-            label = _label(config, row[config.label_column], where)
+            label = read_label(config, row[config.label_column], where)
         values["label"] = config.label_words[label]
     key, template = _template(config, row, where)
     instruction = _format(config, key, template, fields[template], values, where)
@@ -154,8 +157,9 @@ def _list(config: TaskConfig, key: str, path: str, row: Row, where: str) -> list
         if not isinstance(value, dict) or name not in value:
             raise UserError(f"task '{config.name}': task.{key} = {path}: {where} has no '{name}' in '{column}'")
         value = value[name]
-    if not isinstance(value, list) or not value:
-        raise UserError(f"task '{config.name}': task.{key} = {path}: expected a list in {where}, not {value!r:.60}")
+    if not isinstance(value, list) or not value or None in value:
+        what = "a list without null" if isinstance(value, list) and value else "a list"
+        raise UserError(f"task '{config.name}': task.{key} = {path}: expected {what} in {where}, not {value!r:.60}")
     return value
 
 
@@ -178,25 +182,8 @@ def _options(config: TaskConfig, row: Row, where: str) -> tuple[str, int, int]:
             )
         label = names.index(value)
     else:
-        label = _label(config, row[config.label_column], where)
+        label = read_label(config, row[config.label_column], where)
     if label >= len(texts):
         raise UserError(f"task '{config.name}': {where} has {len(texts)} options, but its label is {words[label]}")
     shown = "\n".join(f"{word}. {text}" for word, text in zip(words, texts, strict=False))
     return shown, label, len(texts)
-
-
-def _label(config: TaskConfig, value: Any, where: str) -> int:
-    """A label id from an id (csv has it as text) or from a label word."""
-    words = config.label_words
-    # Text that reads as a number is always an id: COPA's words are "1" and "2", its ids 0 and 1.
-    if isinstance(value, str) and not re.fullmatch(r"\s*-?\d+(\.0)?\s*", value):
-        if value.strip() in words:
-            return words.index(value.strip())
-    elif isinstance(value, int | float | str) and float(value) in range(len(words)):
-        return int(float(value))
-    allowed = ", ".join(f"{i} ({word})" for i, word in enumerate(words))
-    hidden = "; -1 is how the hub hides the labels of a test split" if str(value) == "-1" else ""
-    raise UserError(
-        f"task '{config.name}': {config.label_column} = {value!r} in {where} is outside task.label_words; "
-        f"allowed are {allowed}{hidden}"
-    )

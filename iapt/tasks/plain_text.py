@@ -25,8 +25,8 @@ from itertools import pairwise
 
 from iapt.config import TaskConfig
 from iapt.errors import UserError
+from iapt.tasks.files import Row
 from iapt.tasks.formatting import need
-from iapt.tasks.source import Row
 from iapt.tasks.splits import Unit
 
 # Naive: an abbreviation ends a sentence too.

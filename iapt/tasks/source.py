@@ -1,24 +1,15 @@
 """Where a task's rows come from: an embedded generator, a local folder, or the hub, in this order.
 
-A row is a plain dict, column -> value, exactly as the source has it. Local files are read with the standard
-library (and pyarrow for parquet), because a message about them can then name the file and the line.
+A row is a plain dict, column -> value, exactly as the source has it; `iapt.tasks.files` reads local ones.
 """
 
 from __future__ import annotations
 
-import csv
-import json
-import re
-import sys
-from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
 
 from iapt.config import TaskConfig
 from iapt.errors import UserError, suggest
-
-Row = dict[str, Any]
-SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt")
+from iapt.tasks.files import SUFFIXES, Row, in_order, read_file, split_of, without_nan
 
 
 def load_rows(config: TaskConfig, split: str, data_dir: str | None) -> list[Row]:
@@ -27,11 +18,11 @@ def load_rows(config: TaskConfig, split: str, data_dir: str | None) -> list[Row]
     Args:
         config: the task; `source.splits` says what the source calls the split.
         split: "train", "validation" or "test".
-        data_dir: a folder holding `<task.name>/<split>.jsonl|json|csv|tsv|parquet|txt`, or such files in
-            `<task.name>/<subset>` for a task with `source.subsets`, or one file `<task.name>.csv` (or the
-            like), whose rows are the train split. The hub is asked when it is null or holds nothing of this
-            task, and never to fill up a folder that lacks one split: a task whose splits come from two
-            places is no longer the task.
+        data_dir: a folder holding `<task.name>/<split>.jsonl|json|csv|tsv|parquet|txt` (or shards of it as the hub
+            names them, `<split>-00000-of-00002.parquet`), or such files in `<task.name>/<subset>` for a task with
+            `source.subsets`, or one file `<task.name>.csv` (or the like), whose rows are the train split. The hub is
+            asked when it is null or holds nothing of this task, and never to fill up a folder that lacks one split: a
+            task whose splits come from two places is no longer the task.
 
     Raises:
         UserError: nothing to load from, two places to load from, a missing or empty split, an unreadable file
@@ -80,20 +71,21 @@ def _local(config: TaskConfig, place: Path, name: str, subset: str | None) -> li
         train = config.source.splits.get("train", "train")
         if name != train:
             raise _missing_split(config, name, {train}, str(place))
-        return read_file(place)
+        return read_file(place, config.source.quotes)
     folder = place / subset if subset else place
     if not folder.is_dir():
         raise UserError(f"task '{config.name}': task.source.subsets names '{subset}', but there is no {folder}")
     files = sorted(p for p in folder.iterdir() if p.suffix in SUFFIXES and p.is_file())
-    found = [p for p in files if p.stem == name]
+    found = [path for path in files if name in (path.stem, split_of(path))]
     if not found:
-        raise _missing_split(config, name, {p.stem for p in files}, str(folder))
-    if len(found) > 1:
-        raise UserError(
-            f"task '{config.name}': split '{name}' has {len(found)} files in {folder} "
-            f"({', '.join(p.name for p in found)}); keep one"
-        )
-    return read_file(found[0])
+        raise _missing_split(config, name, set(map(split_of, files)), str(folder))
+    if [p.stem for p in found] == [name]:
+        return read_file(found[0], config.source.quotes)
+    try:
+        shards = in_order(found)
+    except UserError as error:
+        raise UserError(f"task '{config.name}': split '{name}' has {error}") from None
+    return [row for shard in shards for row in read_file(shard, config.source.quotes)]
 
 
 def _missing_split(config: TaskConfig, name: str, known: set[str], where: str) -> UserError:
@@ -122,7 +114,7 @@ def _hub(config: TaskConfig, name: str, data_dir: str | None, subset: str | None
         raise UserError(
             f"task '{config.name}': no data\n  local files: {local}\n  hub: {where}: {reason[:300]}"
         ) from error
-    return list(rows.to_list())
+    return list(without_nan(rows.to_list()))
 
 
 def _nothing_local(config: TaskConfig, data_dir: str) -> str:
@@ -137,69 +129,3 @@ def _hub_splits(error: Exception) -> set[str]:
     if "split" not in head.lower():
         return set()
     return {word.strip(" '\"") for word in tail.partition("]")[0].split(",")} - {""}
-
-
-def read_file(path: Path) -> list[Row]:
-    """The rows of one jsonl, json, csv, tsv, parquet or txt file.
-
-    In csv and tsv every value is text, or null where the cell is empty; the first line names the columns. A
-    `.json` file holds one array of objects, or one object a line as `datasets` writes it. The texts between the
-    empty lines of a txt file are rows with a column `text`.
-
-    Raises:
-        UserError: naming the file, and the line where there is one.
-    """
-    try:
-        if path.suffix == ".parquet":
-            import pyarrow.parquet  # type: ignore[import-untyped]
-
-            return list(pyarrow.parquet.read_table(path).to_pylist())
-        with path.open(encoding="utf-8-sig", newline="") as handle:
-            if path.suffix in (".csv", ".tsv"):
-                return list(_table(path, handle))
-            if path.suffix == ".txt":
-                return [{"text": text} for text in re.split(r"\n\s*\n", handle.read()) if text.strip()]
-            if path.suffix == ".json":
-                text = handle.read()
-                if text.lstrip().startswith("["):
-                    return [_object(path, i, row, "entry") for i, row in enumerate(_parse(path, 1, text), 1)]
-                return list(_lines(path, text.split("\n")))
-            return list(_lines(path, handle))
-    except UserError:
-        raise
-    except Exception as error:  # OSError, UnicodeDecodeError, and whatever arrow finds wrong
-        raise UserError(f"{path}: cannot be read: {' '.join(str(error).split())[:300]}") from error
-
-
-def _lines(path: Path, lines: Iterable[str]) -> Iterator[Row]:
-    for number, line in enumerate(lines, 1):
-        if line.strip():
-            yield _object(path, number, _parse(path, number, line.strip()), "line")
-
-
-def _parse(path: Path, number: int, text: str) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}, line {number + error.lineno - 1}: not JSON: {error.msg}") from None
-
-
-def _object(path: Path, number: int, row: Any, what: str) -> Row:
-    if not isinstance(row, dict):
-        raise UserError(f"{path}, {what} {number}: expected an object with columns, not {json.dumps(row)[:60]}")
-    return row
-
-
-def _table(path: Path, lines: Iterable[str]) -> Iterator[Row]:
-    csv.field_size_limit(sys.maxsize)  # the default, 128 kB, is less than some passages
-    # strict: else one stray quotation mark silently swallows the lines up to the next one
-    reader = csv.DictReader(lines, delimiter="\t" if path.suffix == ".tsv" else ",", strict=True)
-    try:
-        reader.fieldnames = [name.strip() for name in reader.fieldnames or []]
-        for row in reader:
-            if None in row or None in row.values():
-                count = len(reader.fieldnames or [])
-                raise UserError(f"{path}, line {reader.line_num}: expected {count} columns, as in the first line")
-            yield {column: value if value.strip() else None for column, value in row.items()}
-    except csv.Error as error:
-        raise UserError(f"{path}, row that begins in line {reader.line_num + 1}: {error}") from None

@@ -18,7 +18,7 @@ from collections.abc import Callable
 
 from iapt.config import PROTOCOLS, TaskConfig
 from iapt.errors import UserError
-from iapt.tasks.source import Row
+from iapt.tasks.files import Row
 
 # The rows that must stay together when splitting (one, or all that share their references), each with the
 # split and number it has in the source.
