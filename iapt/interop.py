@@ -1,7 +1,8 @@
 """Adapters to and from peft: input-level soft prompts as PROMPT_TUNING, and LORA.
 
 A folder of peft's holds adapter_config.json and adapter_model.safetensors. Prompts are one tensor there,
-`prompt_embeddings` (s, d); what a reparametrisation trained behind it (P-tuning's encoder) does not travel.
+`prompt_embeddings` (s, d); what a reparametrisation trained behind it (P-tuning's encoder) does not travel. A LoRA's
+tensors stand under the names that peft gives them, copies of whole modules (`modules_to_save`) under the modules' own.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Any
 import peft
 import torch
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, get_peft_model_state_dict, load_peft_weights
+from peft.utils.transformers_weight_conversion import convert_peft_adapter_state_dict_for_transformers
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
@@ -24,7 +26,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from iapt.errors import UserError
 from iapt.library import attach
 from iapt.methods import Method, SoftPrompt
-from iapt.methods.peft import Peft
+from iapt.methods.peft import Peft, PeftConfig
 from iapt.model import AdaptedModel
 from iapt.restore import put_back
 
@@ -33,7 +35,9 @@ EXPORTED = (
     "what peft can hold are soft prompts that enter as input embeddings before the instruction and are the same for "
     "every instruction, and methods of type LORA without init_lora_weights = pissa or olora"
 )
-STARTS = (True, False, "gaussian", "orthogonal", "eva")  # the others change the backbone's weights as well
+# The others change the backbone's weights as well, or freeze a half of the adapter.
+STARTS = (True, False, "gaussian", "orthogonal", "eva")
+_START_ALONE = ("init_lora_weights", "eva_config")  # of no effect once an adapter is trained
 
 
 def export_peft(model: AdaptedModel, folder: str | Path) -> None:
@@ -68,7 +72,8 @@ def export_peft(model: AdaptedModel, folder: str | Path) -> None:
     elif isinstance(method, Peft) and lm.peft_config["default"].peft_type == "LORA" and not len(method.starts):
         config = copy.copy(lm.peft_config["default"])
         found = get_peft_model_state_dict(lm, save_embedding_layers=False)
-        tensors = {PREFIX + name: tensor.detach().cpu().contiguous() for name, tensor in found.items()}
+        # Copies, since a file holds tied tensors twice.
+        tensors = {PREFIX + name: tensor.detach().cpu().clone().contiguous() for name, tensor in found.items()}
     else:
         name = "the bare backbone" if method is None else type(method).__name__
         raise UserError(f"export_peft: {name} does not fit; {EXPORTED}")
@@ -91,7 +96,8 @@ def import_peft(
         tokenizer: as in `attach`.
 
     Raises:
-        UserError: a folder that is not peft's, another type, tensors that do not fit, and all that `attach` raises.
+        UserError: a folder that is not peft's, another type, an option that would have no effect here, tensors that do
+            not fit, and all that `attach` raises.
     """
     path = Path(folder)
     weights = [path / SAFETENSORS_WEIGHTS_NAME, path / WEIGHTS_NAME]
@@ -104,13 +110,17 @@ def import_peft(
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError, UnpicklingError) as error:
         raise UserError(f"folder = {path}: cannot be read: {error}") from error
     kind = str(getattr(config.peft_type, "value", config.peft_type))
+    task = getattr(config.task_type, "value", config.task_type)
+    if task not in (None, "CAUSAL_LM"):
+        raise UserError(f"folder = {path}: task_type = {task}; allowed are CAUSAL_LM and none")
     if kind in ("PROMPT_TUNING", "P_TUNING"):
-        settings, state = _prompt_settings(tensors, path)
+        settings, state = _prompt_settings(config, tensors, path)
+        model = attach(backbone, settings, tokenizer=tokenizer)
     elif kind == "LORA":
-        settings, state = _lora_settings(config, path), {_own_name(k): t for k, t in tensors.items()}
+        model = attach(backbone, _lora_settings(config, path), tokenizer=tokenizer)
+        state = _lora_state(model, tensors, path)
     else:
         raise UserError(f"folder = {path}: peft_type = {kind}; allowed are PROMPT_TUNING, P_TUNING and LORA")
-    model = attach(backbone, settings, tokenizer=tokenizer)
     put_back(model, state, f"folder = {path}")
     return model
 
@@ -138,10 +148,17 @@ def _input_prompt(method: SoftPrompt, num_layers: int) -> Tensor | None:
     return prompt.detach().float().cpu().clone().contiguous()
 
 
-def _prompt_settings(tensors: dict[str, Tensor], path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def _prompt_settings(config: Any, tensors: dict[str, Tensor], path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     prompt = tensors.get("prompt_embeddings")
     if prompt is None:
         raise UserError(f"folder = {path}: holds no prompt_embeddings")
+    if len(tensors) > 1:  # of modules_to_save, say
+        others = ", ".join(sorted(set(tensors) - {"prompt_embeddings"})[:6])
+        raise UserError(
+            f"folder = {path}: a prompt is all that can be read; this one was trained together with {others}"
+        )
+    if len(prompt) != config.num_virtual_tokens:
+        raise UserError(f"folder = {path}: num_virtual_tokens = {config.num_virtual_tokens}, prompt of {len(prompt)}")
     return {"name": "prompt_tuning", "num_soft_tokens": len(prompt), "init": "random"}, {"prompt": prompt}
 
 
@@ -157,16 +174,63 @@ def _lora_settings(config: Any, path: Path) -> dict[str, Any]:
     options = {
         f.name: _plain(getattr(config, f.name))
         for f in dataclasses.fields(config)
-        if f.name not in common | {"init_lora_weights"} and getattr(config, f.name) != getattr(default, f.name)
+        if f.name not in common.union(_START_ALONE) and getattr(config, f.name) != getattr(default, f.name)
     }
+    if problems := PeftConfig(name="lora", type="LORA", options=options).problems():
+        raise UserError(f"folder = {path}: {'; '.join(problems)}")
     return {"name": "lora", "kind": "peft", "type": "LORA", "options": options}
 
 
-def _own_name(name: str) -> str:
-    """A tensor's name as the method `peft` has it."""
-    own = name.removeprefix(PREFIX)
-    return f"{own}.weight" if own.endswith("lora_magnitude_vector") else own  # peft keeps DoRA's older name in files
+def _lora_state(model: AdaptedModel, tensors: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
+    """The tensors of a LoRA of peft's under the names of the method that is attached to `model`.
+
+    peft also saves embeddings that it adapted; those must be the backbone's.
+    """
+    assert isinstance(model.method, Peft)
+    lm = model.lm
+    # Adapters of experts were one by one before transformers 5.
+    tensors = convert_peft_adapter_state_dict_for_transformers(lm, lm.peft_config["default"], tensors)
+    names = _own_names(model.method, lm)
+    state = {own: tensors[name] for name, own in names.items() if own is not None and name in tensors}
+    for name in sorted(set(tensors) - set(names)):
+        own = name.removeprefix(PREFIX)
+        weight = _weight(lm, own)
+        if weight is None:
+            state[own] = tensors[name]  # which `put_back` names
+        elif not _same(weight, tensors[name]):
+            raise UserError(
+                f"folder = {path}: its {own} differs from this backbone's, so it was trained on another one, or on one "
+                "with tokens of its own"
+            )
+    return state
+
+
+def _own_names(method: Peft, lm: PreTrainedModel) -> dict[str, str | None]:
+    """Names in peft's files -> names in the method; None: a transposed view of a tensor that is tied to it."""
+    own = {parameter.data_ptr(): (name, parameter.stride()) for name, parameter in method.trainable().items()}
+    names: dict[str, str | None] = {}
+    for name, tensor in get_peft_model_state_dict(lm, save_embedding_layers=False).items():
+        found, stride = own[tensor.data_ptr()]
+        names[PREFIX + name] = found if tensor.stride() == stride else None
+    return names
+
+
+def _weight(lm: PreTrainedModel, name: str) -> Tensor | None:
+    """A frozen weight of the backbone by the name it has beside peft's layers, None if it has none."""
+    try:
+        weight = lm.get_parameter(name)
+    except AttributeError:
+        return None
+    return None if weight.requires_grad else weight.detach()
+
+
+def _same(weight: Tensor, saved: Tensor) -> bool:
+    """Whether two tensors are one, as far as the shorter of their dtypes can tell."""
+    dtype = max(weight.dtype, saved.dtype, key=lambda d: torch.finfo(d).eps)
+    return weight.shape == saved.shape and torch.equal(weight.cpu().to(dtype), saved.cpu().to(dtype))
 
 
 def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return dataclasses.asdict(value)
     return sorted(value) if isinstance(value, set) else value

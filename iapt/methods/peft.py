@@ -17,23 +17,22 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from iapt.errors import ConfigError, UserError, suggest
 from iapt.methods import MethodConfig, MethodSpec, SizeKnob, WeightMethod, register
+from iapt.methods.peft_count import number_of_parameters
+from iapt.methods.peft_layers import Start, compute_in_float32, compute_under_autocast
 from iapt.methods.peft_options import (
     REFUSED,
-    bare_twin,
-    closed_form,
     construct,
-    counted,
     filled,
     has_start,
     inject,
     is_linear,
     known_types,
     option_names,
+    refusals,
     size_option,
 )
 
@@ -74,7 +73,7 @@ class PeftConfig(MethodConfig):
         ]
         if self.size is not None and self.size not in known:
             found.append(f"method.size = {self.size!r}: unknown option of {self.type}; {suggest(self.size, known)}")
-        return found or self._contradictions()
+        return found or refusals(self.type, self.options) or self._contradictions()
 
     def _contradictions(self) -> list[str]:
         found = []
@@ -109,6 +108,8 @@ class Peft(WeightMethod):
     """
 
     def __init__(self, config: PeftConfig, backbone: Backbone) -> None:
+        from peft.utils.other import ModulesToSaveWrapper
+
         super().__init__()
         if found := config.problems():
             raise ConfigError(found)
@@ -120,12 +121,17 @@ class Peft(WeightMethod):
         tuner = inject(config.type, config.options, lm)
         # In plain lists, so that this module does not own (and move, and list) parts of the backbone.
         self._tuner = [tuner]
-        self._parts = [m for m in lm.modules() if id(m) not in old]
+        new = [m for m in lm.modules() if id(m) not in old]
+        self._copies = [m.modules_to_save["default"] for m in new if isinstance(m, ModulesToSaveWrapper)]
+        copied = {id(m) for copy in self._copies for m in copy.modules()}  # in eval mode, as the backbone is
+        self._parts = [m for m in new if id(m) not in copied]
         own = next((n for n, p in lm.named_parameters() if p.requires_grad and id(p) in old), None)
         if own is not None:
             raise UserError(
                 f"method.options = {config.options}: would train the backbone's own {own}, which cannot be switched off"
             )
+        if not any(p.requires_grad for p in lm.parameters()):
+            raise UserError(f"method.options = {config.options} with method.type = {config.type}: trains nothing here")
         self.starts = nn.ModuleDict()
         if weights:
             self._keep_starts(lm, weights)
@@ -144,7 +150,7 @@ class Peft(WeightMethod):
             if isinstance(layer, LoraLayer) and id(layer.get_base_layer()) in weights:
                 weight = layer.get_base_layer().weight
                 weight.data = weights[id(layer.get_base_layer())].to(weight.device)
-                start = _Start(layer)
+                start = Start(layer)
                 self.starts[name.replace(".", "/")] = start
                 layer.register_forward_hook(start.subtract)
 
@@ -153,13 +159,15 @@ class Peft(WeightMethod):
         for parameter in lm.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()
-        if lm.dtype == torch.float32 or kind not in ("LN_TUNING", "ADAPTION_PROMPT"):
+        if lm.dtype == torch.float32:
             return
-        for module in self._parts:
+        for copy in self._copies:
+            compute_in_float32(copy, lm.dtype)
+        for module in self._parts if kind in ("LN_TUNING", "ADAPTION_PROMPT") else ():
             if kind == "LN_TUNING" and hasattr(module, "ln_tuning_layers"):
-                _compute_in_float32(module.ln_tuning_layers["default"], lm.dtype)
+                compute_in_float32(module.ln_tuning_layers["default"], lm.dtype)
             elif hasattr(module, "adaption_prompt"):
-                _compute_under_autocast(module, lm.dtype)
+                compute_under_autocast(module, lm.dtype)
 
     def trainable(self) -> dict[str, nn.Parameter]:
         return self._parameters_by_name
@@ -239,60 +247,18 @@ class AdaLora(Peft):
         self._schedule.rank_pattern = state["rank_pattern"]
 
 
-class _Start(nn.Module):
-    """A layer's frozen start: down (r, in) and up (out, r), float32."""
-
-    down: Tensor
-    up: Tensor
-
-    def __init__(self, layer: Any) -> None:
-        super().__init__()
-        self.scaling: float = layer.scaling["default"]
-        self.register_buffer("down", layer.lora_A["default"].weight.detach().float().clone())
-        self.register_buffer("up", layer.lora_B["default"].weight.detach().float().clone())
-
-    def subtract(self, layer: Any, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
-        """A forward hook: output - s B0 A0 x."""
-        if layer.disable_adapters:
-            return None
-        x = args[0].to(self.down.dtype)
-        return output - (self.scaling * F.linear(F.linear(x, self.down), self.up)).to(output.dtype)
-
-
-def _compute_in_float32(norm: nn.Module, dtype: torch.dtype) -> None:
-    """Let a float32 norm layer take and give `dtype`; kernels refuse the mixture, or pass it on."""
-    norm.register_forward_pre_hook(lambda module, args: (args[0].float(), *args[1:]))
-    norm.register_forward_hook(lambda module, args, output: output.to(dtype))
-
-
-def _compute_under_autocast(module: nn.Module, dtype: torch.dtype) -> None:
-    """Let a module with float32 parameters among half precision ones mix them, whatever the caller's context."""
-    inner = module.forward
-
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        with torch.autocast(next(module.parameters()).device.type, dtype):
-            return inner(*args, **kwargs)
-
-    module.forward = forward  # type: ignore[method-assign]
-
-
 def count(config: PeftConfig, backbone: Backbone) -> int:
     """Over the adapted modules (in -> out), layers L and width d:
 
     LoRA, rsLoRA, PiSSA: r (in + out); DoRA: + out; AdaLoRA (before pruning): init_r (in + out + 1); VeRA: r + out;
     (IA)^3: in of feed-forward projections, out of others; layer norm tuning: the norms' own parameters;
-    LLaMA-Adapter: adapter_layers (adapter_len d + 1).
+    LLaMA-Adapter: adapter_layers (adapter_len d + 1). LoRA on a tensor of E stacked experts: E times that of one, with
+    the rank 2 r where two maps are fused in it, as peft has it.
 
     Other types, and options that change shapes one by one (`rank_pattern` ...), have no closed form here: a copy of
     the backbone without weights is adapted and counted, or one with weights for the types that compute with them.
     """
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    lm = backbone.lm
-    if any(isinstance(m, BaseTunerLayer) or hasattr(m, "adaption_prompt") for m in lm.modules()):
-        lm = bare_twin(lm)
-    closed = closed_form(config.type, config.options, lm)
-    return counted(config.type, config.options, lm) if closed is None else closed
+    return number_of_parameters(config.type, config.options, backbone.lm)
 
 
 def build(config: PeftConfig, backbone: Backbone) -> Peft:

@@ -1,11 +1,14 @@
-"""What the method `peft` knows of peft's types: their options, the modules they adapt, their numbers of parameters."""
+"""What the method `peft` knows of peft's types: their options, and which of both it refuses.
+
+peft's layers are injected and the backbone's own forward pass runs; `PeftModel.forward` and `generate` never do, nor
+does the training loop that peft's documentation asks for. So an option is either all in the layers, or refused here by
+name. tests/methods/test_peft_options.py walks every option of every type and holds each against peft itself.
+"""
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import warnings
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,13 +19,63 @@ from iapt.errors import UserError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-# What one file of settings cannot give, or what breaks the engine's promises.
+# Types: what one file of settings cannot give, or what breaks the engine's promises.
 REFUSED = {
     "LILY": "its router averages over the whole sequence, so cached decoding would differ from training",
     "POLY": "it routes by task ids, which batches do not carry",
     "SHADOW": "it needs a second model",
-    "TRAINABLE_TOKENS": "it edits embeddings, which are looked up outside the decoder",
     "XLORA": "it mixes adapters that were trained before",
+}
+_ASA = "peft leaves AdaMSS's schedule to a callback of transformers' trainer"
+_DATA_START = (
+    "it belongs to a start taken from data or from a quantised backbone, which init_lora_weights cannot name here"
+)
+_QALORA = "it is for backbones quantised by GPTQ"
+_MEGATRON = "it is for Megatron's parallel layers"
+_CONVOLUTIONS = "it acts on convolutions, which a language model does not have"
+_IGNORED = "peft's {} ignores it"
+# Options of any type that has them, unless they have peft's default.
+REFUSED_OPTIONS = {
+    "alora_invocation_tokens": "peft looks for them in PeftModel.forward and generate, which do not run here",
+    "arrow_config": "it routes between adapters that were trained before",
+    "asa_importance_beta": _ASA,
+    "asa_schedule_exponent": _ASA,
+    "asa_target_subspaces": _ASA,
+    "asa_uncertainty_beta": _ASA,
+    "bias": "it would train the backbone's own biases, which cannot be switched off; method=bitfit trains biases",
+    "boft_n_butterfly_factor": "peft sets it to 1 where its CUDA extension is not built",
+    "corda_config": _DATA_START,
+    "eva_config": _DATA_START,
+    "final_warmup": _ASA,
+    "init_warmup": _ASA,
+    "kasa_config": "it changes the backbone's weights for good, and peft leaves its loss to the training loop",
+    "layer_replication": "it changes the backbone's layers, which cannot be switched off",
+    "loftq_config": _DATA_START,
+    "lora_ga_config": _DATA_START,
+    "mask_interval": _ASA,
+    "megatron_config": _MEGATRON,
+    "megatron_core": _MEGATRON,
+    "monteclora_config": "peft leaves its loss to the training loop",
+    "psoft_alpha": "peft divides by it what it multiplies with it, so it changes nothing",
+    "qalora_group_size": _QALORA,
+    "runtime_config": "it says where peft computes while it loads adapters, and peft's loading does not run here",
+    "runtime_offload_base_weight": "it moves the backbone's weights off the device",
+    "sample_at_inference": "two looks at the same text would score it differently",
+    "target_svd_config": _IGNORED.format("OSF"),
+    "use_asa": _ASA,
+    "use_effective_conv2d": _CONVOLUTIONS,
+    "use_qalora": _QALORA,
+    "velora_config": "its backward pass depends on earlier batches, which a resumed run does not remember",
+}
+# Options of one type alone, unless they have peft's default.
+_REFUSED_OF_TYPE = {
+    **{
+        ("ADALORA", name): _IGNORED.format("AdaLoRA")
+        for name in ("alpha_pattern", "init_lora_weights", "lora_bias", "use_bdlora", "use_rslora")
+    },
+    ("ADALORA", "target_parameters"): "peft's AdaLoRA adapts modules alone",
+    ("HIRA", "rank_pattern"): _IGNORED.format("HiRA"),
+    ("OFT", "module_dropout"): "peft makes this dropout but never applies it",
 }
 # Set here or by peft itself.
 _NOT_OFFERED = {
@@ -32,13 +85,6 @@ _NOT_OFFERED = {
 _NOT_OFFERED_TO_ADALORA = {"r", "total_step", "rank_pattern"}  # peft ignores the first
 # Where it is not `r`; OFT's settings exclude each other, so it has none.
 _SIZES = {"ADALORA": "init_r", "ADAPTION_PROMPT": "adapter_len", "FOURIERFT": "n_frequency", "OFT": ""}
-# Options under which the closed forms hold.
-_PLAIN = {
-    *("target_modules", "exclude_modules", "feedforward_modules", "layers_to_transform", "layers_pattern"),
-    *("r", "init_r", "target_r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "init_lora_weights"),
-    *("tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight", "adapter_len", "adapter_layers"),
-    *("projection_prng_key", "save_projection", "vera_dropout", "d_initial", "init_weights", "init_ia3_weights"),
-}
 _KEYS_VALUES = ("k_proj", "v_proj", "c_attn", "query_key_value", "qkv_proj")
 _FEEDFORWARD = ("down_proj", "fc2", "mlp.c_proj", "dense_4h_to_h", "w2")
 _UNSCHEDULED = 10**9  # peft wants AdaLoRA's number of steps at once; it is known when training starts
@@ -54,10 +100,28 @@ def known_types() -> dict[str, bool]:
 
 def option_names(kind: str) -> set[str]:
     """The fields of a type's configuration that a user may set; empty for an unknown type."""
+    return set(_defaults(kind)) - _NOT_OFFERED - (_NOT_OFFERED_TO_ADALORA if kind == "ADALORA" else set())
+
+
+def _defaults(kind: str) -> dict[str, Any]:
+    """The fields of a type's configuration with peft's defaults; empty for an unknown type."""
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
-    names = {f.name for t, c in PEFT_TYPE_TO_CONFIG_MAPPING.items() if t.value == kind for f in dataclasses.fields(c)}
-    return names - _NOT_OFFERED - (_NOT_OFFERED_TO_ADALORA if kind == "ADALORA" else set())
+    fields = [f for t, c in PEFT_TYPE_TO_CONFIG_MAPPING.items() if t.value == kind for f in dataclasses.fields(c)]
+    missing = dataclasses.MISSING
+    return {f.name: f.default if f.default_factory is missing else f.default_factory() for f in fields}
+
+
+def refusals(kind: str, options: dict[str, Any]) -> list[str]:
+    """One line for every option of a known type that would have no effect here, or one that cannot be undone."""
+    defaults, found = _defaults(kind), []
+    for name, value in options.items():
+        reason = _REFUSED_OF_TYPE.get((kind, name)) or REFUSED_OPTIONS.get(name)
+        if (kind, name, value) == ("TINYLORA", "init_weights", False):
+            reason = "peft leaves the start to whatever stands in memory; allowed are true and uniform"
+        if reason and value is not None and value != defaults.get(name):
+            found.append(f"method.options.{name} = {value!r}: not supported for {kind}, {reason}")
+    return found
 
 
 def size_option(kind: str) -> str | None:
@@ -82,6 +146,8 @@ def with_targets(kind: str, options: dict[str, Any], lm: PreTrainedModel) -> dic
     options, head = filled(kind, options), lm.get_output_embeddings()
     if kind == "ADAPTION_PROMPT":
         options.setdefault("adapter_layers", lm.config.num_hidden_layers)
+        return options
+    if kind == "TRAINABLE_TOKENS":  # of the input embeddings, which peft finds
         return options
     linears = [name for name, m in lm.named_modules() if is_linear(m) and m is not head]
     if kind == "LN_TUNING":
@@ -124,7 +190,7 @@ def inject(kind: str, options: dict[str, Any], lm: PreTrainedModel) -> Any:
     """Put peft's layers into `lm`; returns peft's object that switches and schedules them.
 
     Raises:
-        UserError: with peft's reason why it cannot.
+        UserError: with peft's reason why it cannot, which may be of any type and say little.
     """
     from peft import get_peft_model
 
@@ -133,59 +199,8 @@ def inject(kind: str, options: dict[str, Any], lm: PreTrainedModel) -> Any:
             # peft 0.21 asks transformers by a deprecated name, and Conv1D's orientation it settles by itself.
             warnings.simplefilter("ignore")
             return get_peft_model(lm, construct(kind, with_targets(kind, options, lm))).base_model
-    except (ImportError, TypeError, ValueError) as error:
-        raise UserError(f"method.options = {options} with method.type = {kind}: {error}") from None
-
-
-def _shape(module: Any) -> tuple[int, int]:
-    """(in, out) of a linear map or an embedding."""
-    if isinstance(module, nn.Linear):
-        return module.in_features, module.out_features
-    rows, columns = module.weight.shape
-    return int(rows), int(columns)
-
-
-# in, out, is it a feed-forward projection (whose input (IA)^3 scales), peft's configuration -> parameters of a module
-_PER_MODULE: dict[str, Callable[[int, int, bool, Any], int]] = {
-    "LORA": lambda i, o, ff, c: c.r * (i + o) + (o if c.use_dora else 0),
-    "ADALORA": lambda i, o, ff, c: c.init_r * (i + o + 1),
-    "VERA": lambda i, o, ff, c: c.r + o,
-    "IA3": lambda i, o, ff, c: i if ff else o,
-}
-
-
-def closed_form(kind: str, options: dict[str, Any], lm: PreTrainedModel) -> int | None:
-    """The number of trained parameters from the shapes of a bare model; None where no formula is known."""
-    from peft.tuners.tuners_utils import check_target_module_exists
-
-    if {key for key, value in options.items() if value is not None} - _PLAIN:
-        return None
-    complete = with_targets(kind, options, lm)
-    if kind == "ADAPTION_PROMPT":
-        return int(complete["adapter_layers"] * (complete["adapter_len"] * lm.config.hidden_size + 1))
-    config = construct(kind, complete)
-    adapted = [(name, m) for name, m in lm.named_modules() if check_target_module_exists(config, name)]
-    if kind == "LN_TUNING":
-        return sum(p.numel() for _, m in adapted for p in m.parameters())
-    if kind not in _PER_MODULE:
-        return None
-    feedforward = tuple(complete.get("feedforward_modules", ()))
-    return sum(_PER_MODULE[kind](*_shape(m), name.endswith(feedforward), config) for name, m in adapted)
-
-
-def counted(kind: str, options: dict[str, Any], lm: PreTrainedModel) -> int:
-    """The number of trained parameters, by adapting a copy of the model: without weights where peft can."""
-    with torch.random.fork_rng(devices=[]):
-        try:
-            twin = bare_twin(lm)
-            inject(kind, options, twin)
-        except RuntimeError:  # some types compute with the weights they find
-            twin = bare_twin(lm, "cpu")
-            inject(kind, options, twin)
-    return sum(p.numel() for p in twin.parameters() if p.requires_grad)
-
-
-def bare_twin(lm: PreTrainedModel, device: str = "meta") -> PreTrainedModel:
-    """A model of the same shapes without adapters, with random weights or, on the meta device, none."""
-    with torch.device(device):
-        return type(lm)(copy.deepcopy(lm.config)).requires_grad_(False)
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        said = " ".join(str(error).split()) if isinstance(error, ImportError | TypeError | ValueError) else repr(error)
+        raise UserError(f"method.options = {options} with method.type = {kind}: {said}") from error
