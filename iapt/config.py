@@ -196,6 +196,7 @@ class Config:
     # Which rows choose and which are reported. strict: dev is carved from train, all labelled rows that are not train
     # are test. paper: the series' splits (S), for small data sets half of validation each for dev and test.
     protocol: str = choice("strict", *PROTOCOLS)
+    preflight: str = choice("auto", "auto", "off")  # a probe of the very model before it runs; see `iapt.preflight`
     # trainable parameters, 20M or 0.3% (of the backbone's); sets the method's size
     budget: str | None = field(default=None, metadata={"numbers": True})
     backbone: BackboneConfig = field(default_factory=BackboneConfig)

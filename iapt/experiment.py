@@ -22,7 +22,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 
-from iapt import stages
+from iapt import preflight, stages
 from iapt.backbone import Backbone, build_backbone, shard_layers
 from iapt.batch import Encoded
 from iapt.budget import Fitted, fit_to_budget, parse_budget
@@ -122,6 +122,8 @@ def evaluate(checkpoint: Path, folder: Path, overrides: dict[str, Any], split: s
     same_task = config.task.name == meta["config"]["task"]["name"]
     if same_task and parts.task.template_hash != meta["template_hash"]:
         tracker.say("the template is not the one this adapter was trained with")
+    probed = preflight.run(config, parts.model, gradients=False)
+    tracker.say(preflight.line(probed))
     start = time.perf_counter()
     result = evaluate_split(
         parts.model, config.task, parts.task.splits[split], parts.items[split],
@@ -136,6 +138,7 @@ def evaluate(checkpoint: Path, folder: Path, overrides: dict[str, Any], split: s
         "test": None,
         split: result.values[config.task.metrics[0]],
         "metrics": {split: result.values},
+        "preflight": probed,
         "status": "ok",
         "eval_seconds": round(time.perf_counter() - start, 3),
         **circumstances(parts.accelerator),
@@ -213,6 +216,9 @@ def _run(config: Config, folder: Path) -> dict[str, Any]:
         f"({parts.backbone_parameters:,} in all), device {accelerator.device}"
     )
 
+    probed = preflight.run(config, model, gradients=True)
+    tracker.say(preflight.line(probed))
+
     def score(shown: Task, items: dict[str, list[Encoded]], split: str) -> Evaluation:
         size = config.trainer.eval_batch_size
         return evaluate_split(model, config.task, shown.splits[split], items[split], size, accelerator)
@@ -242,6 +248,7 @@ def _run(config: Config, folder: Path) -> dict[str, Any]:
         "majority": task.majority("test"),
         "metrics": {"zero_shot": zero_shot, "dev": dev.values, "test": test.values},
         **training,
+        "preflight": probed,
         "note": None,
         "status": "ok",
         **circumstances(parts.accelerator),

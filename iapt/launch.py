@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 
 CONFIG_FILE = "config.yaml"
 # What may change between a run and its continuation without changing what is computed.
-MAY_DIFFER = ("resume", "sweep", "hardware", "tracking", "trainer.log_every", "trainer.eval_batch_size")
+MAY_DIFFER = ("resume", "sweep", "hardware", "tracking", "preflight", "trainer.log_every", "trainer.eval_batch_size")
 # Of a run's own process: interrupted, or told to stop, as a batch system tells every process of a job at once.
 STOPPED = (128 + signal.SIGINT, -signal.SIGINT, 128 + signal.SIGTERM, -signal.SIGTERM)
 SECONDS_TO_STOP = 20.0

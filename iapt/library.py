@@ -34,6 +34,7 @@ from iapt.config import to_dict
 from iapt.errors import UserError
 from iapt.methods import MethodConfig, WeightMethod, spec_of
 from iapt.model import AdaptedModel
+from iapt.preflight import check
 from iapt.restore import put_back
 from iapt.tasks import Example
 from iapt.transfer import start_from
@@ -48,6 +49,7 @@ def attach(
     tokenizer: PreTrainedTokenizerBase | None = None,
     precision: str | None = None,
     activation_checkpointing: bool = False,
+    preflight: bool = True,
 ) -> AdaptedModel:
     """Freeze a causal LM and join it with a method at its start.
 
@@ -61,16 +63,17 @@ def attach(
         precision: `bf16` computes under autocast, `fp32` in the LM's own dtype; None: bf16 if that is the LM's.
         activation_checkpointing: recompute layer activations in the backward pass. Between `loss` and `eval()` the
             LM then belongs to this model alone.
+        preflight: probe the model on a few short rows (`iapt.preflight`); False: trust it as it is.
 
     Raises:
-        UserError: settings that the command line would refuse as well, a method that is made of a task's text,
-            an LM that carries a weight-space method or peft's layers already, an adapter to start from
-            (`init_from`) that does not fit.
+        UserError: a model that the probe finds wrong, settings that the command line would refuse as well, a method
+            that is made of a task's text, an LM that carries a weight-space method or peft's layers already, an
+            adapter to start from (`init_from`) that does not fit.
     """
     model = _attach(lm, method, tokenizer, precision, activation_checkpointing)
     assert model.meta is not None
     start_from(model, method_config(model.meta["method"]), model.meta["backbone"])
-    return model
+    return _probed(model) if preflight else model
 
 
 def _attach(
@@ -117,13 +120,14 @@ def load(
     tokenizer: PreTrainedTokenizerBase | None = None,
     precision: str | None = None,
     activation_checkpointing: bool = False,
+    preflight: bool = True,
 ) -> AdaptedModel:
     """Attach a saved adapter to the LM it was trained on.
 
     Args:
         path: what `AdaptedModel.save` or a run wrote.
         backbone: the LM; it is changed as `attach` changes it.
-        tokenizer, precision, activation_checkpointing: as in `attach`.
+        tokenizer, precision, activation_checkpointing, preflight: as in `attach`.
 
     Raises:
         UserError: a folder that cannot be read, an LM that the adapter was not trained on, and all that `attach`
@@ -138,6 +142,17 @@ def load(
     # Not by way of what training started from, which need not be there any more.
     model = _attach(backbone, meta["method"], tokenizer, precision, activation_checkpointing)
     put_back(model, tensors, f"checkpoint = {folder}")
+    return _probed(model) if preflight else model
+
+
+def _probed(model: AdaptedModel) -> AdaptedModel:
+    """The model, once the probe has passed; else it is detached."""
+    assert model.meta is not None
+    try:
+        check(model, model.meta["method"]["name"], switch="preflight=False")
+    except UserError:
+        model.detach()
+        raise
     return model
 
 

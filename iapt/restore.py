@@ -13,6 +13,7 @@ from accelerate.utils import set_seed
 from omegaconf import OmegaConf
 from torch import Tensor
 
+from iapt import preflight
 from iapt.backbone import build_backbone
 from iapt.batch import Batch, Encoded, collate
 from iapt.check import load_config
@@ -124,6 +125,7 @@ def build_model(saved: Saved) -> tuple[AdaptedModel, Accelerator]:
     method = spec_of(config.method).build(config.method, backbone)
     model = AdaptedModel(backbone, method, precision=hardware.precision)
     put_back(model, saved.tensors, f"{saved.key} = {saved.folder}")
+    preflight.run(config, model, gradients=False)
     return model, accelerator
 
 

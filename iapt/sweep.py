@@ -66,6 +66,7 @@ def cell_id(config: Config) -> str:
             method's settings name, the content counts, not the place.
     """
     settings = {**to_dict(config), "data": _data_digest(config)}
+    del settings["preflight"]  # it changes no result
     for key, folder in config.method.adapters().items():
         if folder is None:  # a sweep begun before there was such a setting keeps its cells
             del settings["method"][key]

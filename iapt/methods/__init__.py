@@ -119,6 +119,13 @@ class Method(nn.Module):
         """The trained tensors under the names they are saved by."""
         return {name: p for name, p in self.named_parameters() if p.requires_grad}
 
+    def idle(self) -> frozenset[str]:
+        """The trained tensors that nothing depends on, by design: with these settings, or as far as training has come.
+
+        Every other one has to get a gradient (`iapt.preflight`).
+        """
+        return frozenset()
+
     def fit(self, model: AdaptedModel, batches: Iterable[Batch]) -> None:
         """Set what is learned without gradients (in buffers), before the first step; batches are train examples."""
 

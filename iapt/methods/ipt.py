@@ -85,6 +85,10 @@ class Ipt(SoftPrompt):
             self.encoder = LstmEncoder(r)
         self.up = nn.Linear(r, width)
 
+    def idle(self) -> frozenset[str]:
+        """`missing` where every instruction, of two tokens at least, has all that are asked for."""
+        return frozenset({"missing"}) if self.num_soft_tokens <= 2 else frozenset()
+
     def forward(self, layer: int, states: Tensor, mask: Tensor, previous: Tensor) -> Tensor | None:
         if layer > 0:
             return None

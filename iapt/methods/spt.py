@@ -139,6 +139,11 @@ class Spt(SoftPrompt):
         kept = self.kept.tolist()
         return frozenset(layer for layer, stays in enumerate(kept) if not stays) if any(kept) else frozenset()
 
+    def idle(self) -> frozenset[str]:
+        """Once layers are chosen, the gates and the generators of the others."""
+        hidden = tuple(f"generators.{layer}." for layer in self.hidden_layers)
+        return frozenset(name for name in self.trainable() if hidden and (name == "gates" or name.startswith(hidden)))
+
     def forward(self, layer: int, states: Tensor, mask: Tensor, previous: Tensor) -> Tensor:
         generator = self.generators[str(layer)]
         assert isinstance(generator, Generator)
