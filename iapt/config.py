@@ -92,7 +92,7 @@ class TaskConfig:
     group_references_by: str | None = None  # rows equal in this column share their references when scored
     metrics: list[str] = field(default_factory=lambda: ["accuracy"])  # the first is the one reported
     # What bleu and rouge_l count as words. default: each metric's own, made for English and its like (13a, and runs of
-    # a-z and 0-9); else a tokenizer of sacrebleu for both: intl for other alphabets, zh or char where there are no blanks
+    # a-z and 0-9); else a tokenizer of sacrebleu for both: intl for other alphabets, zh or char without blanks
     metric_tokenizer: str = choice("default", "default", *METRIC_TOKENIZERS)
     # One rule for every protocol, or {strict: ..., paper: ...}; `iapt.tasks.splits` says what each rule does.
     split_rule: Any = "official"
