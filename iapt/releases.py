@@ -73,4 +73,4 @@ def _remedy(found: list[tuple[str, str]]) -> str:
 
 def _range(name: str) -> str:
     """Lower bound first; a SpecifierSet has no order of its own."""
-    return ",".join(sorted(map(str, tested(name)), reverse=True))
+    return ",".join(sorted({str(s) for s in tested(name)}, reverse=True))
