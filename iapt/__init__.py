@@ -4,6 +4,7 @@
     model = iapt.attach(lm, {"name": "iapt", "bottleneck": 64}, tokenizer=tokenizer)
 
 `attach`, `load` and `make_batch` are documented in `iapt.library`, `export_peft` and `import_peft` in `iapt.interop`.
+Their first use warns of a library newer than what iapt was tested with, and raises UserError for one that is too old.
 """
 
 from importlib import import_module
@@ -20,4 +21,7 @@ def __getattr__(name: str) -> Any:
     # On first use: the commands import this package too, and their --help must not wait for torch.
     if name not in __all__:
         raise AttributeError(f"module 'iapt' has no attribute {name!r}")
+    from iapt.releases import warn_once
+
+    warn_once()  # before the libraries are imported: one that is too old may fail there
     return getattr(import_module("iapt.interop" if name.endswith("_peft") else "iapt.library"), name)

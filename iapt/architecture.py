@@ -57,7 +57,7 @@ def arguments_of(lm: PreTrainedModel) -> Arguments:
     Raises:
         UserError: if it takes neither embeddings nor a KV cache under a name that is known here.
     """
-    outer, inner = _parameters(lm), _parameters(lm.base_model)
+    outer, inner = _parameters(lm), _parameters(decoder_of(lm))
     passes_on = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in inspect.signature(lm.forward).parameters.values())
     known = outer | inner if passes_on else outer
     kind = type(lm).__name__
@@ -97,6 +97,21 @@ def is_rewindable(lm: PreTrainedModel) -> bool:
 def text_config(lm: PreTrainedModel) -> Any:
     """The decoder's part of the config: that of the text model inside, where the model reads pictures as well."""
     return lm.config.get_text_config(decoder=True)
+
+
+def context_of(lm: PreTrainedModel) -> int | None:
+    """The longest sequence the model has positions for, None if it does not say."""
+    config = text_config(lm)
+    found = (getattr(config, name, None) for name in ("max_position_embeddings", "n_positions", "max_seq_len"))
+    return next((int(length) for length in found if length), None)
+
+
+def decoder_of(lm: PreTrainedModel) -> nn.Module:
+    """The model without its LM head. Raises UserError if it cannot be told from the model."""
+    for decoder in (lm.base_model, lm.get_decoder()):  # an LM whose head is on the same level is its own base model
+        if isinstance(decoder, nn.Module) and decoder is not lm:
+            return decoder
+    raise UserError(f"backbone: found no decoder without its head in {type(lm).__name__}")
 
 
 def decoder_layers(lm: PreTrainedModel) -> nn.ModuleList:

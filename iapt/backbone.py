@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,12 +15,14 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import cached_file
 from transformers.utils.logging import disable_progress_bar
 
-from iapt.architecture import decoder_layers, text_config
+from iapt.architecture import context_of, decoder_layers, decoder_of, text_config
 from iapt.config import BackboneConfig
 from iapt.errors import UserError
 
@@ -68,7 +71,12 @@ class Backbone:
     @property
     def decoder(self) -> nn.Module:
         """The model without its LM head."""
-        return self.lm.base_model
+        return decoder_of(self.lm)
+
+    @property
+    def output_size(self) -> int:
+        """The width of the states that the LM head reads: d, or e where the model projects them back (OPT-350m)."""
+        return int(self.lm.get_output_embeddings().weight.shape[-1])
 
     @property
     def embeddings(self) -> nn.Embedding:
@@ -78,7 +86,7 @@ class Backbone:
     @property
     def context(self) -> int | None:
         """The longest sequence the model has positions for, None if it does not say."""
-        return getattr(text_config(self.lm), "max_position_embeddings", None)
+        return context_of(self.lm)
 
     @property
     def pad_id(self) -> int:
@@ -137,6 +145,7 @@ def build_backbone(
         UserError: a path that does not load, a shape that transformers rejects, a missing extra.
     """
     dtype = DTYPES["bfloat16" if precision == "bf16" else "float32"] if config.dtype == "auto" else DTYPES[config.dtype]
+    source: str | Path = config.path if config.kind == "pretrained" and config.path else TINY_DIR
     implementation = None if attention == "auto" else attention  # None leaves it to transformers
     disable_progress_bar()  # of the loading of weights: noise beside the run's own
     try:
@@ -146,14 +155,14 @@ def build_backbone(
             )
         else:
             lm = AutoModelForCausalLM.from_pretrained(
-                TINY_DIR if config.kind == "tiny" else config.path,
+                source,
                 revision=config.revision or "main",
                 dtype=dtype,
                 attn_implementation=implementation,
                 quantization_config=_quantization(config.quantization),
                 device_map={"": device} if config.quantization != "none" else None,
+                generation_config=_ends_alone(source, config.revision),
             )
-        source = config.path if config.kind == "pretrained" else TINY_DIR
         tokenizer = AutoTokenizer.from_pretrained(source, revision=config.revision or "main")
     except (OSError, ValueError, ImportError, KeyError, TypeError) as error:
         what = f"backbone.path = {config.path!r}" if config.kind == "pretrained" else f"backbone.shape = {config.shape}"
@@ -175,6 +184,22 @@ def build_backbone(
     lm.requires_grad_(False)
     lm.eval()
     return Backbone(config.name, lm, tokenizer)
+
+
+def _ends_alone(source: str | Path, revision: str | None) -> GenerationConfig:
+    """What generation_config.json says about the tokens that end a text, and nothing else of it.
+
+    No decoding of ours reads the rest (`iapt.decoding`), and a combination that transformers holds to be impossible
+    would keep it from loading the model at all.
+    """
+    try:
+        path = Path(cached_file(source, "generation_config.json", revision=revision or "main"))
+    except OSError:  # there is none
+        return GenerationConfig()
+    try:
+        return GenerationConfig(eos_token_id=json.loads(path.read_text(encoding="utf-8")).get("eos_token_id"))
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"{path.name} holds no JSON object: {_first_line(error)}") from error
 
 
 def shard_layers(backbone: Backbone, trainable: Iterable[nn.Parameter]) -> None:

@@ -16,11 +16,8 @@ from torch import Tensor
 
 from iapt.errors import UserError
 from iapt.tasks import Example
+from iapt.tokens import REACH, Ids, find_tails, finish_choices, join, opening, plain_ids, written
 
-Ids = tuple[int, ...]
-# How far back a tokenizer may look when it cuts what follows an instruction. Examples that agree in so many
-# last characters share the result, which spares tokenising each instruction once more for every label word.
-REACH = 32
 WINDOW = 16  # batches that are sorted by length together: little padding left, still well shuffled
 
 
@@ -77,9 +74,11 @@ def encode_examples(
     `separator + response` is tokenised by itself. Choices follow the same rule, without eos unless one choice
     is a prefix of another (then the shorter one must say that it ends).
 
+    Special tokens that a text writes stay where they are. The tokenizer's own open the instruction, once even if it
+    writes them itself, and what it would put at the end of a text is left out; a response ends in one eos.
+
     Args:
-        tokenizer: a transformers tokenizer. Its own special tokens open the instruction; an eos it adds is
-            taken off.
+        tokenizer: a transformers tokenizer.
         choices: the label words, [] for generation.
         max_length: instruction tokens kept. Longer instructions lose their beginning, never a leading bos.
         max_response_length: response tokens kept, eos included. Longer ones lose their end.
@@ -88,23 +87,26 @@ def encode_examples(
             limit by each example's own response would show the instruction something of the label.
         add_eos: end responses with the tokenizer's eos.
         room: positions to keep free for soft tokens.
-        max_new_tokens: tokens that generation may add.
+        max_new_tokens: tokens that generation may add; above 0, no separator or label word may hold an eos that
+            ends decoding too early.
 
     Returns:
-        the encoded examples in order, and notes about what was cut.
+        the encoded examples in order, and notes about what was cut and which special tokens were met.
 
     Raises:
         UserError: an instruction of fewer than 2 tokens, a response or label word of none, label words that
-            the tokenizer cannot tell apart, a context with no room.
+            the tokenizer cannot tell apart, an eos before what is to be decoded, a context with no room.
     """
     eos = tokenizer.eos_token_id
     texts = list(dict.fromkeys(example.instruction for example in examples))
-    instructions = dict(zip(texts, _tokenize(tokenizer, texts), strict=True))
-    tails = _tails(tokenizer, examples, instructions, choices, separator)
+    plain = dict(zip(texts, plain_ids(tokenizer, texts), strict=True))
+    start = opening(tokenizer, texts)
+    pairs = ((example.instruction, text) for example in examples for text in (*choices, example.response))
+    tails = find_tails(tokenizer, pairs, plain, separator)
     finished: dict[tuple[Ids, ...], tuple[Ids, ...]] = {}
     encoded = []
     for index, example in enumerate(examples):
-        instruction = instructions[example.instruction]
+        instruction = join(start, plain[example.instruction])
         if len(instruction) < 2:
             raise UserError(f"{_name(index, example)}: an instruction needs at least 2 tokens")
         end = example.instruction[-REACH:]
@@ -113,69 +115,46 @@ def encode_examples(
                 raise UserError(f"{_name(index, example)}: response {text!r} is empty once tokenised")
         words = tuple(tails[end, text] for text in choices)
         if words not in finished:
-            finished[words] = _finish_choices(words, choices, eos, max_response_length)
-        response = tails[end, example.response] + ((eos,) if add_eos and eos is not None else ())
+            finished[words] = finish_choices(words, choices, eos, max_response_length)
+            if max_new_tokens:
+                _refuse_early_eos(tokenizer, separator, finished[words], choices)
+        response = tails[end, example.response]
+        if add_eos and eos is not None and response[-1] != eos:
+            response += (eos,)
         encoded.append(Encoded(index, instruction, response, finished[words], example.label))
-    return _truncate(encoded, tokenizer, max_length, max_response_length, context, room, max_new_tokens)
+    if max_new_tokens and not choices:
+        _refuse_early_eos(tokenizer, separator, (), ())
+    notes = []
+    doubled = sum(written(start, plain[example.instruction]) > 0 for example in examples)
+    if doubled:
+        notes.append(
+            f"{doubled} of {len(examples)} instructions write {tokenizer.decode(list(start))!r}, which the tokenizer "
+            "adds by itself: it stands there once"
+        )
+    early = sum(eos in e.response[:-1] for e in encoded)
+    if early:
+        notes.append(
+            f"{early} of {len(examples)} responses hold {tokenizer.eos_token!r} before their end, where decoding stops"
+        )
+    kept, cut = _truncate(encoded, tokenizer, max_length, max_response_length, context, room, max_new_tokens)
+    return kept, notes + cut
+
+
+def _refuse_early_eos(tokenizer: Any, separator: str, words: tuple[Ids, ...], names: Sequence[str]) -> None:
+    """Raises UserError where decoding would stop before it has said anything, or before the end of a label word."""
+    eos, spelled = tokenizer.eos_token_id, tokenizer.eos_token
+    if eos is not None and eos in plain_ids(tokenizer, [separator])[0]:
+        raise UserError(
+            f"task.separator = {separator!r}: belongs to the response, and decoding stops at its {spelled!r}; write it "
+            "at the end of task.template"
+        )
+    for ids, name in zip(words, names, strict=True):
+        if eos in ids[:-1]:
+            raise UserError(f"task.label_words: decoding stops at {spelled!r}, before the end of {name!r}")
 
 
 def _name(index: int, example: Example) -> str:
     return f"example {index} ({example.instruction[:60]!r})"
-
-
-def _tokenize(tokenizer: Any, texts: list[str], special: bool = True) -> list[Ids]:
-    """Ids of each text, without an eos at the end."""
-    if not texts:
-        return []
-    out = tokenizer(
-        texts,
-        add_special_tokens=special,
-        return_attention_mask=False,
-        return_token_type_ids=False,
-        verbose=False,
-    )["input_ids"]
-    eos = tokenizer.eos_token_id
-    return [tuple(ids[:-1] if special and eos is not None and ids and ids[-1] == eos else ids) for ids in out]
-
-
-def _tails(
-    tokenizer: Any,
-    examples: Sequence[Example],
-    instructions: dict[str, Ids],
-    choices: Sequence[str],
-    separator: str,
-) -> dict[tuple[str, str], Ids]:
-    """(the instruction's last characters, what follows) -> the ids of what follows."""
-    first: dict[tuple[str, str], str] = {}
-    for example in examples:
-        for text in (*choices, example.response):
-            first.setdefault((example.instruction[-REACH:], text), example.instruction)
-    keys = list(first)
-    wholes = _tokenize(tokenizer, [first[key] + separator + key[1] for key in keys])
-    tails, merged = {}, []
-    for key, whole in zip(keys, wholes, strict=True):
-        instruction = instructions[first[key]]
-        tails[key] = whole[len(instruction) :]
-        if whole[: len(instruction)] != instruction:
-            merged.append(key)
-    alone = _tokenize(tokenizer, [separator + text for _, text in merged], special=False)
-    return tails | dict(zip(merged, alone, strict=True))
-
-
-def _finish_choices(words: tuple[Ids, ...], names: Sequence[str], eos: int | None, longest: int) -> tuple[Ids, ...]:
-    """Tell the choices apart: all of them end in eos when one is a prefix of another."""
-    pairs = [(i, j) for i in range(len(words)) for j in range(len(words)) if i != j]
-    for i, j in pairs:
-        if words[i] == words[j]:
-            raise UserError(f"task.label_words: '{names[i]}' and '{names[j]}' have the same tokens {words[i]}")
-    if any(words[j][: len(words[i])] == words[i] for i, j in pairs):
-        if eos is None:
-            raise UserError("task.label_words: one is the beginning of another, and the tokenizer has no eos")
-        words = tuple((*ids, eos) for ids in words)
-    for ids, name in zip(words, names, strict=True):
-        if len(ids) > longest:
-            raise UserError(f"trainer.max_response_length = {longest}: the label word '{name}' takes {len(ids)} tokens")
-    return words
 
 
 def _truncate(

@@ -19,6 +19,7 @@ from iapt.config import BUDGET, BUDGET_FORM, Config
 from iapt.errors import ConfigError, suggest
 from iapt.methods import METHODS, MethodConfig
 from iapt.paths import CONFIG_DIR
+from iapt.quoting import chosen_word, only_texts
 
 
 def load_config(composed: DictConfig | dict[str, Any], schema: type[Any] = Config) -> Any:
@@ -32,7 +33,8 @@ def load_config(composed: DictConfig | dict[str, Any], schema: type[Any] = Confi
         ConfigError: naming every unknown key (with the nearest known one), wrong type, value out of range and
             contradiction between fields.
     """
-    raw = OmegaConf.to_container(OmegaConf.create(composed), resolve=False)
+    # YAML's dates are objects of Python; a text that became one is named below.
+    raw = OmegaConf.to_container(OmegaConf.create(composed, flags={"allow_objects": True}), resolve=False)
     assert isinstance(raw, dict)
     problems: list[str] = []
     key, kind = _method_kind(raw)
@@ -152,20 +154,24 @@ def _nested(schema: type[Any], name: str) -> type[Any] | None:
 def _keep_known(
     schema: type[Any], raw: dict[str, Any], prefix: str, sections: dict[str, type[Any]], problems: list[str]
 ) -> dict[str, Any]:
-    """`raw` without the keys that `schema` lacks; each of those becomes a problem."""
-    names = [f.name for f in dataclasses.fields(schema)]
+    """`raw` without the keys that `schema` lacks; each of those becomes a problem, as does what should be text."""
+    fields, hints = {f.name: f for f in dataclasses.fields(schema)}, typing.get_type_hints(schema)
     kept = {}
     for key, value in raw.items():
-        if key not in names:
-            problems.append(f"{prefix}{key} = {value!r}: unknown key; {suggest(str(key), names)}")
+        if key not in fields:
+            problems.append(f"{prefix}{key} = {value!r}: unknown key; {suggest(str(key), fields)}")
             continue
         nested = sections.get(key) or _nested(schema, key)
         if nested and not isinstance(value, dict):
             problems.append(f"{prefix}{key} = {value!r}: expected a group of settings, not one value")
         elif nested:
             kept[key] = _keep_known(nested, value, f"{prefix}{key}.", {}, problems)
+        elif choices := fields[key].metadata.get("choices"):
+            kept[key] = chosen_word(value, choices)
         else:
-            kept[key] = value
+            numbers = fields[key].metadata.get("numbers", False)
+            kept[key], found = only_texts(hints[key], value, f"{prefix}{key}", numbers=numbers)
+            problems += found
     return kept
 
 

@@ -187,7 +187,8 @@ class Config:
     # Which rows choose and which are reported. strict: dev is carved from train, all labelled rows that are not train
     # are test. paper: the series' splits (S), for small data sets half of validation each for dev and test.
     protocol: str = choice("strict", *PROTOCOLS)
-    budget: str | None = None  # trainable parameters, 20M or 0.3% (of the backbone's); sets the method's size
+    # trainable parameters, 20M or 0.3% (of the backbone's); sets the method's size
+    budget: str | None = field(default=None, metadata={"numbers": True})
     backbone: BackboneConfig = field(default_factory=BackboneConfig)
     task: TaskConfig = field(default_factory=TaskConfig)
     method: MethodConfig = field(default_factory=MethodConfig)

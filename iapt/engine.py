@@ -80,6 +80,15 @@ class Engine:
         self.active, self.training = True, False
         self.arguments = arguments_of(backbone.lm)
         self.one_pass = not is_rewindable(backbone.lm)
+        name, kind = type(method).__name__, type(backbone.lm).__name__
+        if self.one_pass and isinstance(method, SoftPrompt) and method.edits_cache:
+            raise UserError(f"method: {name} edits every layer's keys and values, and {kind} has layers without any")
+        reads = method.reads if isinstance(method, SoftPrompt) else None
+        if reads == "encoding" and backbone.output_size != backbone.hidden_size:
+            raise UserError(
+                f"method: {name} reads the last hidden states as if they were a layer's, and in {kind} they are "
+                f"{backbone.output_size} wide, a layer's {backbone.hidden_size}"
+            )
         self.hooks = LayerHooks(backbone.layers, backbone.embeddings, method, checkpointing)
 
     def train(self, mode: bool) -> None:
@@ -190,7 +199,7 @@ class Engine:
         given = prompt.input_embeddings()
         if given is None:
             return torch.zeros(shape, dtype=self.lm.dtype, device=self.lm.device)
-        return given.to(self.lm.dtype).expand(shape)
+        return given.to(self.lm.dtype).expand(shape).contiguous()  # some models scale their input in place
 
     def _before(self, prompt: SoftPrompt, batch: Batch) -> tuple[Plan, Tensor, Tensor]:
         """The pass over [padding, P, instruction]: its plan, embeddings (B, s + N, d) and mask (B, s + N)."""

@@ -140,6 +140,7 @@ def _decode_labels(model: AdaptedModel, task: TaskConfig, examples: Sequence[Exa
 
     def predict(batch: Batch) -> list[dict[str, Any]]:
         own = tries(batch, stop, [examples[index].num_choices for index in batch.indices.tolist()])
+        width = batch.instruction_ids.shape[1]
         ids = model.generate(
             batch,
             max_new_tokens=max(trie.depth for trie in own),
@@ -147,7 +148,7 @@ def _decode_labels(model: AdaptedModel, task: TaskConfig, examples: Sequence[Exa
             eos_token_id=stop,
             # Beams are compared as likelihoods are: as they stand, or divided by their lengths.
             length_penalty=float(task.normalize_scores),
-            prefix_allowed_tokens_fn=lambda row, seen: own[row].following(seen.tolist()),
+            prefix_allowed_tokens_fn=lambda row, seen: own[row].following(seen[width:].tolist()),
             synced_gpus=together,
         )
         labels = [trie.find(row) for trie, row in zip(own, ids.tolist(), strict=True)]

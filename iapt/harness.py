@@ -26,6 +26,7 @@ from iapt.config import at_least
 from iapt.errors import UserError
 from iapt.methods import Method
 from iapt.provenance import circumstances
+from iapt.releases import beyond_tested
 from iapt.restore import build_model, read_saved, refuse_bound_to_task
 
 log = logging.getLogger(__name__)
@@ -78,6 +79,8 @@ def evaluate(checkpoint: Path, folder: Path, overrides: dict[str, Any], config: 
     refuse_finished(folder)
     saved = read_saved(checkpoint, overrides)
     refuse_bound_to_task(saved)
+    if said := beyond_tested("lm-eval"):
+        log.warning(said)
     tasks = _load_tasks(config)
     model, accelerator = build_model(saved)
     if model.method is not None and type(model.method).adjust_scores is not Method.adjust_scores:

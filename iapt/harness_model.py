@@ -20,10 +20,11 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import StoppingCriteria, StoppingCriteriaList
 
-from iapt.batch import Ids, keep_end
+from iapt.batch import keep_end
 from iapt.errors import UserError
 from iapt.model import AdaptedModel
 from iapt.restore import batch_of, room
+from iapt.tokens import Ids, join, opening, plain_ids
 
 DEFAULT_NEW_TOKENS = 256  # the harness's own, where a task does not say
 Request = tuple[tuple[str, str] | None, Sequence[int], Sequence[int]]
@@ -50,6 +51,7 @@ class AdaptedLM(TemplateLM):  # type: ignore[misc]
         self.cut: Counter[str] = Counter()
         if self.tokenizer.eos_token_id is None:
             raise UserError(f"harness: the tokenizer of backbone '{model.backbone.name}' has no eos token")
+        self._opening = opening(self.tokenizer)
         self._device = model.lm.device
 
     def notes(self) -> list[str]:
@@ -71,11 +73,9 @@ class AdaptedLM(TemplateLM):  # type: ignore[misc]
         return self.eot_token_id if bos is None else int(bos)
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
-        """Token ids with the tokenizer's own special tokens, but for an eos at the end and a second bos."""
-        bos = self.tokenizer.bos_token
-        special = not (bos and string.startswith(bos)) if add_special_tokens is None else add_special_tokens
-        ids = list(self.tokenizer.encode(string, add_special_tokens=special, verbose=False))
-        return ids[:-1] if special and len(ids) > 1 and ids[-1] == self.eot_token_id else ids
+        """Token ids behind what the tokenizer puts before every text, as in training; nothing is added at the end."""
+        [ids] = plain_ids(self.tokenizer, [string])
+        return list(ids if add_special_tokens is False else join(self._opening, ids))
 
     @torch.no_grad()
     def _loglikelihood_tokens(

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from iapt.backbone import Backbone
 from iapt.batch import Batch
 from iapt.checkpoint import read_summary, save_adapter
+from iapt.decoding import behind_prefix, new_tokens, plan_decoding
 from iapt.engine import Engine, Prefix
 from iapt.errors import UserError
 from iapt.methods import Method, WeightMethod
@@ -216,52 +217,52 @@ class AdaptedModel(nn.Module):
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         **options: Any,
-    ) -> Tensor:
+    ) -> Any:
         """Decode a response for every row from the encoded prefix.
 
-        After the prefix stands, decoding is the bare backbone's own `generate`: greedy, beams, sampling.
+        After the prefix stands, decoding is the bare backbone's own `generate`: greedy, beams, sampling. It obeys the
+        options alone: the backbone's own generation config has no part in it unless it is given as one
+        (`generation_config=lm.generation_config`). See `iapt.decoding`.
 
         Args:
             batch: its responses are not looked at.
             input_ids: (B, N) int64 instructions, instead of a batch.
             attention_mask: (B, N), 1 or True at their tokens, wherever the padding is. None: as in transformers,
                 every token but the pad token, or all of them where eos is the pad token.
-            options: transformers' generation options (`max_new_tokens`, `num_beams`, `do_sample` ...); a
-                `prefix_allowed_tokens_fn` is handed the new ids alone.
+            options: transformers' generation options (`max_new_tokens`, `num_beams`, `do_sample`, penalties,
+                `logits_processor`, `streamer` ...). As in plain transformers those that look at ids see the whole
+                instruction, left-padded, without columns for soft tokens; `max_length` counts it too.
 
         Returns:
-            (B, T) int64 token ids, the new ones alone, right-padded.
+            (B, T) int64 token ids, the new ones alone, right-padded; with `return_dict_in_generate` transformers'
+            ModelOutput, whose `sequences` they are, without its cache.
 
         Raises:
-            UserError: neither or both of batch and input_ids, a row of fewer than 2 tokens.
+            UserError: neither or both of batch and input_ids, a row of fewer than 2 tokens, an option that is unknown
+                or cannot work from a prefilled cache.
         """
         if (batch is None) == (input_ids is None):
             raise UserError("generate: give either a batch or input_ids")
-        tokenizer = self.backbone.tokenizer
         if batch is None:
             assert input_ids is not None
             options.pop("token_type_ids", None)  # tokenizers return them unasked
-            batch = _instructions(input_ids, attention_mask, tokenizer).to(self.lm.device)
+            batch = _instructions(input_ids, attention_mask, self.backbone.tokenizer).to(self.lm.device)
+        width = batch.instruction_ids.shape[1]
+        decoding = plan_decoding(options, self.backbone, width)
         prefix = self.encode(batch)
         # transformers repeats ids and mask for beams or samples, but not a cache that it is handed.
-        copies = max(options.get("num_beams", 1), options.get("num_return_sequences", 1))
-        if copies > 1:
-            prefix.cache.batch_repeat_interleave(copies)
+        if decoding.copies > 1:
+            prefix.cache.batch_repeat_interleave(decoding.copies)
             if prefix.plan is not None:
-                prefix.plan.repeat(copies)
-        # The cached columns need ids for their count's sake only; they are never looked up.
-        cached = torch.full_like(prefix.mask, self.backbone.pad_id, dtype=torch.long)
-        ids = torch.cat([cached, prefix.last_ids], 1)
-        if (allowed := options.get("prefix_allowed_tokens_fn")) is not None:
-            options["prefix_allowed_tokens_fn"] = lambda row, seen: allowed(row, seen[ids.shape[1] :])
-        with self.engine.continuing(prefix):
+                prefix.plan.repeat(decoding.copies)
+        with self.engine.continuing(prefix), behind_prefix(self.lm):
             output = self.lm.generate(
-                input_ids=ids,
+                input_ids=batch.instruction_ids,
                 attention_mask=torch.cat([prefix.mask, batch.instruction_mask[:, -1:]], 1).long(),
-                pad_token_id=self.backbone.pad_id,
-                **{self.engine.arguments.cache: prefix.cache, "do_sample": False, **options},
+                generation_config=decoding.config,
+                **{self.engine.arguments.cache: prefix.cache, **decoding.arguments},
             )
-        return output[:, ids.shape[1] :]
+        return new_tokens(output, width)
 
 
 def cross_entropy(logits: Tensor, batch: Batch) -> Tensor:

@@ -10,12 +10,13 @@ from typing import Any
 
 import torch
 
-from iapt.batch import Ids, keep_end
+from iapt.batch import keep_end
 from iapt.config import TaskConfig
 from iapt.errors import UserError
 from iapt.judge import Question
 from iapt.model import AdaptedModel
 from iapt.restore import batch_of, room
+from iapt.tokens import Ids, join, opening, plain_ids
 
 
 class Layout:
@@ -121,9 +122,9 @@ def _columns(template: str) -> list[str]:
 
 
 def _tokens(tokenizer: Any, text: str) -> Ids:
-    """Ids with the tokenizer's special tokens, but for an eos at the end, as in training."""
-    ids = tuple(tokenizer(text, verbose=False)["input_ids"])
-    ids = ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id else ids
+    """Ids with what the tokenizer puts before a text, and nothing of its own behind it, as in training."""
+    [plain] = plain_ids(tokenizer, [text])
+    ids = join(opening(tokenizer, [text]), plain)
     if len(ids) < 2:
         raise UserError(f"mt_bench: an instruction needs at least 2 tokens, {text!r} has {len(ids)}")
     return ids

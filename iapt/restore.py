@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 from torch import Tensor
 
 from iapt.backbone import build_backbone
-from iapt.batch import Batch, Encoded, Ids, collate
+from iapt.batch import Batch, Encoded, collate
 from iapt.check import load_config
 from iapt.checkpoint import check_backbone, load_adapter
 from iapt.config import Config
@@ -22,6 +22,7 @@ from iapt.errors import UserError
 from iapt.hardware import check_hardware
 from iapt.methods import MethodConfig, SoftPrompt, spec_of
 from iapt.model import AdaptedModel
+from iapt.tokens import Ids
 
 
 @dataclass

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from iapt.batch import Batch, Ids
+from iapt.batch import Batch
+from iapt.tokens import Ids
 
 
 class Trie:

@@ -128,16 +128,18 @@ def test_label_words_of_one_token_are_scored_as_by_likelihood():
     assert predictions(model, items) == model.score(batch(items)).argmax(1).tolist()
 
 
-def test_generation_shows_the_callers_function_new_ids_alone():
+def test_generation_shows_the_callers_function_instruction_and_new_ids():
     model, seen = build_model(CASES[0], "llama"), []
 
     def allowed(row: int, ids: torch.Tensor) -> list[int]:
         seen.append((row, tuple(ids.tolist())))
         return [3 + row, 9]
 
-    made = model.generate(batch(examples(2)), max_new_tokens=2, prefix_allowed_tokens_fn=allowed)
-    assert seen[:2] == [(0, ()), (1, ())]
-    assert seen[2:] == [(0, (int(made[0, 0]),)), (1, (int(made[1, 0]),))]
+    shown = batch(examples(2))
+    made = model.generate(shown, max_new_tokens=2, prefix_allowed_tokens_fn=allowed)
+    rows = [tuple(ids) for ids in shown.instruction_ids.tolist()]
+    assert seen[:2] == list(enumerate(rows))
+    assert seen[2:] == [(row, (*ids, int(made[row, 0]))) for row, ids in enumerate(rows)]
     assert all(int(token) in (3 + row, 9) for row in (0, 1) for token in made[row])
 
 

@@ -54,6 +54,7 @@ def run_command(config_name: str, job: Job, check: Check, identify: Identify | N
         identify: makes the jobs of a sweep cells, of which only those are run that are not settled.
     """
     from iapt.cli import callbacks
+    from iapt.releases import beyond_tested
 
     outcome, typed = _Outcome(), sys.argv[1:]
 
@@ -62,6 +63,8 @@ def run_command(config_name: str, job: Job, check: Check, identify: Identify | N
 
     command = hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name=config_name)(task)
     try:
+        if said := beyond_tested():
+            print(said, file=sys.stderr)
         _run_hydra(command, config_name, check)
     except (UserError, TrainingError) as error:
         outcome.error = error

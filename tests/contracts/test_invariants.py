@@ -14,7 +14,13 @@ from iapt.methods import METHODS, Method, SoftPrompt
 from iapt.model import AdaptedModel
 from tests.contracts.conftest import CASES, Case, batch, build_backbone, build_model, examples
 
+# Between two roads to one number, in fp32: sums over the same terms in another order, which differ by 2e-5 at most
+# (log-probabilities, all cases and shapes, on several instruction sets). Bit for bit only where one computation is run
+# twice on one machine.
 TOLERANCE = {"rtol": 1e-4, "atol": 1e-4}
+# Tokens have no tolerance, so two roads choose the same ones as long as the likeliest leads by more than rounding. The
+# smallest lead in greedy decoding is 2e-4; what is decided by less than this is not compared, or found by test 4.
+TIE = 5e-5
 
 
 def row_losses(model: AdaptedModel, items: list) -> torch.Tensor:
@@ -90,14 +96,19 @@ def test_4_cached_greedy_equals_full_recompute(case: Case, shape: str):
     generated, uncached = greedy(model, items, 6), oracle(case, shape)
     for item, row in zip(items, generated.tolist(), strict=True):
         # A token that is the likeliest after those before it, at every place: that is greedy decoding.
-        assert row == log_probabilities(uncached, item, [row])[0].argmax(-1).tolist()
+        likeliest = log_probabilities(uncached, item, [row])[0].topk(2)
+        lead = (likeliest.values[:, 0] - likeliest.values[:, 1]).min()
+        assert lead > TIE, "rounding decides here, and in every other test that compares tokens: change the examples"
+        assert row == likeliest.indices[:, 0].tolist()
 
 
 def test_4_cached_beams_equal_full_recompute(case: Case, shape: str):
     model, items, beams, steps = build_model(case, shape), examples(3), 3, 4
     generated, uncached = greedy(model, items, steps, num_beams=beams), oracle(case, shape)
+    decided = 0
     for item, row in zip(items, generated.tolist(), strict=True):
         found: list[tuple[float, list[int]]] = [(0.0, [])]
+        lead = torch.inf
         for _ in range(steps):
             last = log_probabilities(uncached, item, [[*ids, 3] for _, ids in found])[:, -1].tolist()
             grown = [
@@ -105,8 +116,14 @@ def test_4_cached_beams_equal_full_recompute(case: Case, shape: str):
                 for (total, ids), row_log_p in zip(found, last, strict=True)
                 for token, log_p in enumerate(row_log_p)
             ]
-            found = sorted(grown, reverse=True)[:beams]
-        assert row == found[0][1]
+            ranked = sorted(grown, reverse=True)
+            found = ranked[:beams]
+            lead = min(lead, ranked[beams - 1][0] - ranked[beams][0])
+        lead = min(lead, found[0][0] - found[1][0])
+        if lead > TIE:
+            assert row == found[0][1]
+            decided += 1
+    assert decided, "rounding decides every row: change the examples"
 
 
 def test_5_batched_equals_one_by_one(case: Case, shape: str):

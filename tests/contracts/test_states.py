@@ -25,7 +25,7 @@ def test_the_instructions_last_state_is_what_predicts_the_response(case: Case, s
 
 
 def test_likelihoods_have_the_same_gradient_on_both_roads(case: Case, shape: str):
-    """One prefix that every choice continues, or, where nothing is continued or layers are recomputed, a row a choice."""
+    """One prefix that every choice continues, or a row a choice: with `one_pass`, or where layers are recomputed."""
     gradients = []
     for road in ("prefix", "one_pass", "checkpointing"):
         model = build_model(case, shape, activation_checkpointing=road == "checkpointing").train()

@@ -38,7 +38,7 @@ def test_it_starts_as_prompt_tuning_with_its_prompt():
     plain = METHODS["prompt_tuning"].build(tuned, backbone)
     plain.prompt.data.copy_(method.prompt.data)
     scores = [AdaptedModel(build_backbone("llama"), m).score(batch(examples())) for m in (method, plain)]
-    assert torch.equal(*scores)
+    torch.testing.assert_close(*scores, rtol=1e-4, atol=1e-4)  # of the two, one computes offsets that are zero
 
 
 @pytest.mark.parametrize("length", [1, 4, 20])

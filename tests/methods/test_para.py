@@ -99,7 +99,8 @@ def test_it_equals_a_backbone_with_its_vectors_in_the_weights(shape: str):
 @pytest.mark.parametrize("shape", SHAPES)
 def test_it_starts_as_the_bare_backbone_and_all_of_it_learns(shape: str):
     model, bare = made(shape), AdaptedModel(build_backbone(shape), None)
-    assert torch.equal(model.score(batch(examples())), bare.score(batch(examples())))
+    # Not to the bit: a prefix run with the hooks and a bare one are passes of different shapes.
+    torch.testing.assert_close(model.score(batch(examples())), bare.score(batch(examples())), **TOLERANCE)
     before = {name: p.detach().clone() for name, p in model.trainable().items()}
     optimizer = torch.optim.SGD(model.trainable().values(), lr=0.1)
     for _ in range(2):  # in the first step W_up alone, as with LoRA's B

@@ -260,7 +260,8 @@ def test_a_further_type_needs_no_code(tmp_path: Path):
     train(model, 1, 3)
     assert not torch.equal(model.score(made), bare)
     with model.disabled():
-        assert torch.equal(model.score(made), bare)
+        # Taken with the adapter on, at its start: a weight with a zero product added.
+        torch.testing.assert_close(model.score(made), bare, rtol=1e-4, atol=1e-4)
     counted = sum(p.numel() for p in model.trainable().values())
     assert METHODS["peft"].count(config.method, build_backbone("llama")) == counted
     assert config.method.size_knob().field == "options.r"

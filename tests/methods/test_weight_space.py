@@ -103,7 +103,7 @@ def test_adapters_start_near_the_bare_backbone(method: str):
     with model.disabled():
         bare = model.score(batch(examples()))
     if method == "parallel_adapter":
-        assert torch.equal(adapted, bare)
+        torch.testing.assert_close(adapted, bare, rtol=1e-4, atol=1e-4)
     else:
         assert 0 < (adapted - bare).abs().max() < 0.05
     assert all((p == 0).all() for name, p in model.trainable().items() if "bias" in name)
@@ -170,7 +170,8 @@ def test_bitfit_takes_existing_biases_or_makes_them():
 def test_bitfit_starts_as_the_bare_backbone():
     model = attach("bitfit", build_backbone("llama"))
     bare = AdaptedModel(build_backbone("llama"), None)
-    assert torch.equal(model.score(batch(examples())), bare.score(batch(examples())))
+    # A map with a bias, though it is zero, is another kernel than one without.
+    torch.testing.assert_close(model.score(batch(examples())), bare.score(batch(examples())), rtol=1e-4, atol=1e-4)
 
 
 # -- full fine-tuning ---------------------------------------------------------------------------------------
