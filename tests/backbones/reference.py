@@ -82,14 +82,17 @@ class Reference:
         return self._run(ids, len(instruction))[0][0, -len(response) - 1 :]
 
     def state(self, instruction: tuple[int, ...]) -> Tensor:
-        """(d,): the instruction's last token behind the last norm, which the head reads."""
+        """(d,): the instruction's last token behind the last layer and its norm."""
         seen: list[Tensor] = []
-        head = self.lm.get_output_embeddings().register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+        look = self._decoder().register_forward_hook(lambda module, args, output: seen.append(output[0]))
         try:
             self._run(torch.tensor([instruction]), len(instruction))
         finally:
-            head.remove()
+            look.remove()
         return seen[-1][0, -1]
+
+    def _decoder(self) -> nn.Module:
+        return self.lm.base_model if self.lm.base_model is not self.lm else self.lm.get_decoder()
 
     def _run(self, ids: Tensor, n: int) -> tuple[Tensor, Any]:
         method = self.method
@@ -136,7 +139,7 @@ class Reference:
         """The instruction's states at every layer of a bare pass, None where they are those of the running pass."""
         assert isinstance(self.method, SoftPrompt)
         if self.method.reads == "encoding":
-            return [self.lm.base_model(input_ids=ids, use_cache=False)[0]] * len(self.layers)
+            return [self._decoder()(input_ids=ids, use_cache=False)[0]] * len(self.layers)
         if before:
             return None
         seen: dict[int, Tensor] = {}
@@ -169,7 +172,7 @@ class Reference:
         return out.logits, out
 
     def _arguments(self) -> set[str]:
-        return {*signature(self.lm.forward).parameters, *signature(self.lm.base_model.forward).parameters}
+        return {*signature(self.lm.forward).parameters, *signature(self._decoder().forward).parameters}
 
     def _attending(self) -> set[int]:
         return set(range(len(self.layers)))
@@ -190,7 +193,9 @@ class Reference:
                 mask[..., others, slot] = torch.finfo(mask.dtype).min
             return mask
 
-        if not before:  # distances count the soft columns, so these have to be there
+        # Distances between tokens count the soft columns behind the instruction, chunks those in front of it.
+        chunks = any(getattr(config, "attention_chunk_size", None) for config in self._configs())
+        if not before or chunks:
             with self._by_hand(hide=hide), self._layer_hooks(write):
                 found = self._pass(inputs_embeds=embeds)
             if not _attention.asked >= hidden_layers:
