@@ -199,7 +199,7 @@ class Engine:
         given = prompt.input_embeddings()
         if given is None:
             return torch.zeros(shape, dtype=self.lm.dtype, device=self.lm.device)
-        return given.to(self.lm.dtype).expand(shape).contiguous()  # some models scale their input in place
+        return given.to(self.lm.dtype).expand(shape).clone()  # some models scale their input in place
 
     def _before(self, prompt: SoftPrompt, batch: Batch) -> tuple[Plan, Tensor, Tensor]:
         """The pass over [padding, P, instruction]: its plan, embeddings (B, s + N, d) and mask (B, s + N)."""
