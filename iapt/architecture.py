@@ -94,6 +94,11 @@ def is_rewindable(lm: PreTrainedModel) -> bool:
     return not new_cache(lm).layers  # layers of keys and values are added as they come
 
 
+def takes_ids_at_every_layer(lm: PreTrainedModel) -> bool:
+    """Whether layers read embeddings of their own besides the hidden states (Gemma 3n, Gemma 4)."""
+    return bool(getattr(text_config(lm), "hidden_size_per_layer_input", 0))
+
+
 def text_config(lm: PreTrainedModel) -> Any:
     """The decoder's part of the config: that of the text model inside, where the model reads pictures as well."""
     return lm.config.get_text_config(decoder=True)
@@ -142,6 +147,16 @@ def attention_of(layer: nn.Module) -> nn.Module:
     if module is None:
         raise UserError(f"backbone: found no self-attention in {type(layer).__name__}")
     return module
+
+
+def check_keys_and_values(layer: nn.Module) -> None:
+    """Raises UserError unless what a layer caches are the keys and values that its heads read."""
+    attention = attention_of(layer)
+    if _first(attention, ("kv_b_proj",)) is not None:
+        raise UserError(
+            f"backbone: {type(attention).__name__} caches compressed latents, from which keys and values are made "
+            "later, so a method cannot edit them; one that writes soft tokens alone can be used"
+        )
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from iapt.architecture import arguments_of, is_rewindable, new_cache
+from iapt.architecture import arguments_of, is_rewindable, new_cache, takes_ids_at_every_layer
 from iapt.backbone import Backbone
 from iapt.batch import Batch
 from iapt.cache import PassCache
@@ -81,8 +81,16 @@ class Engine:
         self.arguments = arguments_of(backbone.lm)
         self.one_pass = not is_rewindable(backbone.lm)
         name, kind = type(method).__name__, type(backbone.lm).__name__
-        if self.one_pass and isinstance(method, SoftPrompt) and method.edits_cache:
-            raise UserError(f"method: {name} edits every layer's keys and values, and {kind} has layers without any")
+        if isinstance(method, SoftPrompt):
+            if self.one_pass and (method.edits_cache or method.hides):
+                raise UserError(
+                    f"method: {name} reaches into every layer's attention, and {kind} has layers of another kind"
+                )
+            if takes_ids_at_every_layer(backbone.lm):
+                raise UserError(
+                    f"method: {name} puts soft tokens among the text, and {kind} looks every token's id up at every "
+                    "layer, which soft tokens do not have; weight-space methods (method=lora) can do without"
+                )
         reads = method.reads if isinstance(method, SoftPrompt) else None
         if reads == "encoding" and backbone.output_size != backbone.hidden_size:
             raise UserError(

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import Cache
 
-from iapt.architecture import MaskArgument, attention_of, mask_argument, part_of
+from iapt.architecture import MaskArgument, attention_of, check_keys_and_values, mask_argument, part_of
 from iapt.errors import UserError
 from iapt.methods import SoftPrompt
 
@@ -103,6 +103,8 @@ class LayerHooks:
             self._handles.append(layer.register_forward_pre_hook(hook, with_kwargs=True))
         if not isinstance(method, SoftPrompt):
             return
+        if method.edits_cache:
+            check_keys_and_values(layer)
         if method.hides:
             attention = attention_of(layer)
             inner = partial(self._before_attention, index, mask_argument(attention))

@@ -28,7 +28,7 @@ Edit = Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor]]
 NAME = "by_hand"
 
 
-class Unknown(Exception):
+class NoRoadError(Exception):
     """This reference has no road of its own to what is asked."""
 
 
@@ -40,7 +40,14 @@ class _Attention:
     asked: set[int]
 
     def __call__(
-        self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *args: Any, **kwargs: Any
+        self,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+        *args: Any,
+        **kwargs: Any,
     ) -> Any:
         layer = int(module.layer_idx)
         self.asked.add(layer)
@@ -167,7 +174,7 @@ class Reference:
         name = next(n for n in CACHE_NAMES if n in self._arguments())
         out = self.lm(inputs_embeds=embeds, use_cache=True, **{name: cache})
         if not cache.asked >= self._attending():
-            raise Unknown("keys and values come by neither an attention function nor a cache")
+            raise NoRoadError("keys and values come by neither an attention function nor a cache")
         self.roads.add("cache of one pass")
         return out.logits, out
 
@@ -199,7 +206,7 @@ class Reference:
             with self._by_hand(hide=hide), self._layer_hooks(write):
                 found = self._pass(inputs_embeds=embeds)
             if not _attention.asked >= hidden_layers:
-                raise Unknown("no attention function whose mask could be edited")
+                raise NoRoadError("no attention function whose mask could be edited")
             self.roads.add("attention mask")
             return found
         # Layer by layer: what stands in front of the next one, from a pass with or without soft columns.
@@ -209,9 +216,13 @@ class Reference:
             with_soft = layer not in hidden_layers
             shown = slice(None) if with_soft else text
 
-            def put(index: int, hidden: Tensor, at: int = layer, columns: Any = shown, known: Tensor = states) -> Tensor:
-                return write(index, known) if index == at and columns == slice(None) else (
-                    known[:, columns] if index == at else hidden
+            def put(
+                index: int, hidden: Tensor, at: int = layer, columns: Any = shown, known: Tensor = states
+            ) -> Tensor:
+                return (
+                    write(index, known)
+                    if index == at and columns == slice(None)
+                    else (known[:, columns] if index == at else hidden)
                 )
 
             inputs = embeds[:, shown]
@@ -251,7 +262,7 @@ class Reference:
         _attention.edit, _attention.hide, _attention.asked = edit, hide, set()
         try:
             yield
-        except Unknown:
+        except NoRoadError:
             raise
         finally:
             for config, implementation in was:

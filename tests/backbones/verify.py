@@ -14,7 +14,7 @@ from iapt.errors import UserError
 from iapt.methods.labels import label_loss
 from iapt.model import AdaptedModel
 from tests.backbones import zoo
-from tests.backbones.reference import Reference, Unknown
+from tests.backbones.reference import Reference, NoRoadError
 from tests.backbones.variants import VARIANTS, attach
 
 # float32 on the CPU: two roads through three layers differ by some 1e-5; the smallest wrong mask seen, by 1e-2.
@@ -30,7 +30,7 @@ class Cell:
     detail: str = ""
 
 
-class Wrong(Exception):
+class WrongNumberError(Exception):
     """A number that is not the reference's."""
 
 
@@ -76,18 +76,23 @@ def verify(name: str, variant: str) -> Cell:
         except UserError as error:
             lines = str(error).splitlines()
             return Cell("refused", lines[0]) if len(lines) == 1 else Cell("crashed", f"{len(lines)} lines: {error}")
-        except Wrong as error:
+        except WrongNumberError as error:
             return Cell("wrong", str(error))
         except Exception as error:
             frames = traceback.extract_tb(error.__traceback__)[-4:]
             where = " < ".join(f"{f.filename.split('/')[-1]}:{f.lineno} {f.name}" for f in reversed(frames))
-            return Cell("crashed", f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''} @ {where}")
+            return Cell(
+                "crashed", f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''} @ {where}"
+            )
 
 
 def _causal(lm: torch.nn.Module) -> bool:
     ids = torch.tensor([examples()[3].instruction])
     with torch.no_grad():
-        whole, part = lm(input_ids=ids, use_cache=False).logits[:, :-3], lm(input_ids=ids[:, :-3], use_cache=False).logits
+        whole, part = (
+            lm(input_ids=ids, use_cache=False).logits[:, :-3],
+            lm(input_ids=ids[:, :-3], use_cache=False).logits,
+        )
     return float((whole - part).abs().max()) < TOLERANCE
 
 
@@ -95,16 +100,16 @@ def compare(model: AdaptedModel, name: str) -> str:
     """Hold score, loss, generation, off-switch and gradients against the reference; say which roads it took.
 
     Raises:
-        Wrong: at the first number that differs.
+        WrongNumberError: at the first number that differs.
     """
     if not _causal(zoo.build_lm(name)):
-        raise Wrong("the backbone is not causal, and was not refused")
+        raise WrongNumberError("the backbone is not causal, and was not refused")
     items = examples()
     reference: Reference | _OnePass = Reference(model)
     try:
         _compare_rows(model, reference, items)
         roads = ", ".join(sorted(reference.roads))
-    except Unknown as unknown:
+    except NoRoadError as unknown:
         reference = _OnePass(model)
         _compare_rows(model, reference, items)
         roads = f"one pass a row ({unknown})"
@@ -145,10 +150,10 @@ def _likelihood(reference: Reference | _OnePass, item: Encoded, answer: tuple[in
 
 def _close(what: str, found: Tensor, expected: Tensor) -> None:
     if not bool(torch.isfinite(found).all()):
-        raise Wrong(f"{what}: not finite")
+        raise WrongNumberError(f"{what}: not finite")
     apart = float(((found - expected).abs() / (1 + 0.1 * expected.abs())).max())
     if apart > TOLERANCE:
-        raise Wrong(f"{what}: off by {float((found - expected).abs().max()):.4f}")
+        raise WrongNumberError(f"{what}: off by {float((found - expected).abs().max()):.4f}")
 
 
 @torch.no_grad()
@@ -157,7 +162,9 @@ def _compare_rows(model: AdaptedModel, reference: Reference | _OnePass, items: l
         heads = torch.stack([model.method.head(reference.state(item.instruction)) for item in items]).log_softmax(-1)
         expected, loss = heads, None
     else:
-        expected = torch.stack([torch.stack([_likelihood(reference, i, choice) for choice in i.choices]) for i in items])
+        expected = torch.stack(
+            [torch.stack([_likelihood(reference, i, choice) for choice in i.choices]) for i in items]
+        )
         loss = -torch.stack([_likelihood(reference, item, item.response) for item in items]).sum()
     plain, wide = collate(items, 0), padded(items)
     alone = torch.cat([model.score(collate([item], 0)) for item in items])
@@ -175,14 +182,16 @@ def _compare_rows(model: AdaptedModel, reference: Reference | _OnePass, items: l
 def _likeliest(what: str, reference: Reference | _OnePass, items: list[Encoded], generated: Tensor) -> None:
     """Every generated token is the likeliest after those before it."""
     if generated.shape != (len(items), STEPS):
-        raise Wrong(f"{what}: shape {tuple(generated.shape)}")
+        raise WrongNumberError(f"{what}: shape {tuple(generated.shape)}")
     for row, (item, ids) in enumerate(zip(items, generated.tolist(), strict=True)):
         logits = reference.logits(item.instruction, tuple(ids))[:-1]
         logits[:, 2] = -torch.inf  # eos: min_new_tokens forbids it
         behind = logits.max(-1).values - logits.gather(1, torch.tensor(ids)[:, None])[:, 0]
         if float(behind.max()) > TOLERANCE:
             step = int((behind > TOLERANCE).nonzero()[0])
-            raise Wrong(f"{what}: token {step} of row {row} is {float(behind[step]):.3f} nats behind the likeliest")
+            raise WrongNumberError(
+                f"{what}: token {step} of row {row} is {float(behind[step]):.3f} nats behind the likeliest"
+            )
 
 
 def _compare_off(model: AdaptedModel, name: str, items: list[Encoded]) -> None:
@@ -202,7 +211,7 @@ def _compare_gradients(model: AdaptedModel, reference: Reference | _OnePass, ite
     model.loss(padded(items), "sum").backward()
     for name, parameter in trained.items():
         if parameter.grad is None or not float(parameter.grad.abs().sum()) > 0:
-            raise Wrong(f"{name} gets no gradient")
+            raise WrongNumberError(f"{name} gets no gradient")
     if hasattr(model.method, "head"):
         states = torch.stack([reference.state(item.instruction) for item in items])
         loss = label_loss(model.method.head(states), collate(items, 0))
@@ -213,5 +222,7 @@ def _compare_gradients(model: AdaptedModel, reference: Reference | _OnePass, ite
         assert parameter.grad is not None
         scale = float(gradient.abs().max())
         if float((parameter.grad - gradient).abs().max()) > 2e-3 * scale + 1e-4:
-            raise Wrong(f"{name}: gradient off by {float((parameter.grad - gradient).abs().max()):.4f} of {scale:.4f}")
+            raise WrongNumberError(
+                f"{name}: gradient off by {float((parameter.grad - gradient).abs().max()):.4f} of {scale:.4f}"
+            )
     model.train(False)
