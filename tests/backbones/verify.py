@@ -14,7 +14,7 @@ from iapt.errors import UserError
 from iapt.methods.labels import label_loss
 from iapt.model import AdaptedModel
 from tests.backbones import zoo
-from tests.backbones.reference import Reference, NoRoadError
+from tests.backbones.reference import NoRoadError, Reference
 from tests.backbones.variants import VARIANTS, attach
 
 # float32 on the CPU: two roads through three layers differ by some 1e-5; the smallest wrong mask seen, by 1e-2.
