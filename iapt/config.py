@@ -75,7 +75,7 @@ class TaskConfig:
     label_words: list[str] = field(default_factory=list)  # index = label id
     # What a label in the data is: one of the words, or the index of one. auto: whichever all rows fit, and refused
     # where they fit both and mean something else by it (words that are numbers).
-    labels_are: str = choice("auto", "auto", "words", "indices")
+    integer_labels: str = choice("auto", "auto", "words", "indices")
     # column -> {value in the data: wording in the template}
     value_words: dict[str, dict[str, str]] = field(default_factory=dict)
     # column -> the template of the rows in which that column is empty; the first such column counts

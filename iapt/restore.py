@@ -76,7 +76,7 @@ def read_saved(folder: Path, overrides: dict[str, Any], key: str = "checkpoint")
     replaced = {key for key, value in overrides.items() if isinstance(value, dict) and "name" in value}
     kept = {key: value for key, value in meta["config"].items() if key not in replaced}
     if "task" in kept:  # runs before there was this setting took every number for an index
-        kept["task"] = {"labels_are": "indices", **kept["task"]}
+        kept["task"] = {"integer_labels": "indices", **kept["task"]}
     config: Config = load_config(OmegaConf.merge(kept, overrides))  # type: ignore[arg-type]
     # However many processes trained it, one scores it.
     hardware = dataclasses.replace(config.hardware, num_processes=1, strategy="ddp")

@@ -76,7 +76,7 @@ def cell_id(config: Config) -> str:
         del settings["task"]["source"]["builder"]
     if config.task.source.quotes == "auto":
         del settings["task"]["source"]["quotes"]
-    for key, value in (("labels_are", "auto"), ("metric_tokenizer", "default")):
+    for key, value in (("integer_labels", "auto"), ("metric_tokenizer", "default")):
         if settings["task"][key] == value:
             del settings["task"][key]
     return hash_of(settings)

@@ -227,7 +227,9 @@ def test_a_method_may_look_before_and_after_training(tmp_path: Path, scoring: st
     task = {"scoring": scoring, "max_new_tokens": 2}
     register("looker", MethodSpec(MethodConfig, lambda c, b: Looker(b.hidden_size), lambda c, b: b.hidden_size))
     try:
-        experiment.run(config("sentiment", "looker", task=task, trainer={"eval_batch_size": 2}), tmp_path / "run")
+        experiment.run(
+            config("sentiment", "looker", task=task, trainer={"eval_batch_size": 2}, preflight="off"), tmp_path / "run"
+        )
         first = seen[0]
         assert first[0] == list(range(48)) != first[1]
         assert first[2] is False
@@ -235,7 +237,10 @@ def test_a_method_may_look_before_and_after_training(tmp_path: Path, scoring: st
         assert seen[seen.index("report") + 1 : seen.index("end")] == [(0, 2, False), (1, 2, False)] * 8
         assert (tmp_path / "run" / "looks.txt").exists()
         seen.clear()
-        experiment.run(config("sentiment", "looker", task=task, trainer={"eval_batch_size": 2}), tmp_path / "again")
+        experiment.run(
+            config("sentiment", "looker", task=task, trainer={"eval_batch_size": 2}, preflight="off"),
+            tmp_path / "again",
+        )
         assert seen[0] == first
     finally:
         del METHODS["looker"]

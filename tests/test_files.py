@@ -220,5 +220,5 @@ def test_names_of_shards() -> None:
 def test_the_readers_settings_belong_to_a_cell_only_where_they_are_set() -> None:
     config = Config(task=config_of(PLAIN))
     before = cell_id(config)
-    for changes in ({"source": {"quotes": "csv"}}, {"labels_are": "words"}):
+    for changes in ({"source": {"quotes": "csv"}}, {"integer_labels": "words"}):
         assert cell_id(Config(task=config_of(PLAIN, **changes))) != before

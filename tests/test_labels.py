@@ -72,11 +72,11 @@ def test_two_meanings_are_refused_with_the_setting_that_decides(
     with pytest.raises(UserError) as caught:
         read(tmp_path, words, values)
     assert says in str(caught.value)
-    assert str(caught.value).endswith("task.labels_are=words or task.labels_are=indices decides")
+    assert str(caught.value).endswith("task.integer_labels=words or task.integer_labels=indices decides")
 
 
 @pytest.mark.parametrize(
-    ("labels_are", "words", "values", "meant"),
+    ("integer_labels", "words", "values", "meant"),
     [
         ("words", ["1", "2"], [1, 2, "1"], ["1", "2", "1"]),
         ("indices", ["1", "2"], [1, 0, "1"], ["2", "1", "2"]),
@@ -87,16 +87,18 @@ def test_two_meanings_are_refused_with_the_setting_that_decides(
     ],
 )
 def test_the_setting_decides(
-    tmp_path: Path, labels_are: str, words: list[str], values: list[Any], meant: list[str]
+    tmp_path: Path, integer_labels: str, words: list[str], values: list[Any], meant: list[str]
 ) -> None:
-    assert read(tmp_path, words, values, labels_are=labels_are) == meant
+    assert read(tmp_path, words, values, integer_labels=integer_labels) == meant
 
 
 def test_the_setting_refuses_what_it_excludes(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"label = 0 in row 1 of train is outside .* 1, 2 \(task\.labels_are = words\)"):
-        read(tmp_path, ["1", "2"], [0, 1], labels_are="words")
+    with pytest.raises(
+        UserError, match=r"label = 0 in row 1 of train is outside .* 1, 2 \(task\.integer_labels = words\)"
+    ):
+        read(tmp_path, ["1", "2"], [0, 1], integer_labels="words")
     with pytest.raises(UserError, match="label = 3 in row 2 of train is outside"):
-        read(tmp_path, ["1", "2"], [0, 3], labels_are="indices")
+        read(tmp_path, ["1", "2"], [0, 3], integer_labels="indices")
     with pytest.raises(UserError, match="-1 is how the hub hides"):
         read(tmp_path, ["1", "2"], [0, 1, -1])
 
@@ -106,7 +108,7 @@ def test_all_splits_are_read_alike(tmp_path: Path) -> None:
     folder = write(tmp_path, "mine/plain", train=both, validation=ones, test=ones)
     task = build_task(config_of(PLAIN, label_words=["1", "2"]), folder)
     assert {e.response for e in task.splits["test"]} == {"2"}
-    assert task.config.labels_are == "auto", "what the rows say is no setting of the user's"
+    assert task.config.integer_labels == "auto", "what the rows say is no setting of the user's"
 
 
 def test_options_and_rows_that_are_made_here(tmp_path: Path) -> None:
@@ -124,4 +126,4 @@ def test_labels_that_are_no_labels() -> None:
     for value in (None, [1], {"a": 1}, float("nan"), float("inf"), "1e0", "", "nan", 0.5):
         assert as_word(["0", "1", "inf"][:2], value) is None
         assert as_index(["a", "b"], value) is None
-    assert TaskConfig().labels_are == "auto"
+    assert TaskConfig().integer_labels == "auto"

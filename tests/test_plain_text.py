@@ -270,7 +270,7 @@ def test_a_sweep_knows_the_text_by_its_content_and_other_cells_as_before(tmp_pat
     config = run_config(method="lora")
     settings = to_dict(config)
     del settings["task"]["source"]["builder"]
-    for later in ("labels_are", "metric_tokenizer"):
+    for later in ("integer_labels", "metric_tokenizer"):
         settings["task"].pop(later, None)
     del settings["task"]["source"]["quotes"]
     assert cell_id(config) == hash_of({**settings, "data": None}), "of a sweep from before there were these settings"

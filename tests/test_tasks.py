@@ -226,7 +226,7 @@ def test_value_words_lookups_and_format_specs(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("value", "label"), [(0, 0), (1, 1), ("1", 1), ("yes", 1), (" no ", 0), (1.0, 1), (True, 1)])
-def test_labels_are_ids_or_words(tmp_path: Path, value: Any, label: int) -> None:
+def test_integer_labels_ids_or_words(tmp_path: Path, value: Any, label: int) -> None:
     rows = [{"text": "t", "label": value}]
     folder = write(tmp_path, "mine/plain", train=rows, validation=rows, test=rows)
     assert build_task(config_of(PLAIN), folder).splits["test"][0].label == label

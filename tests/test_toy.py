@@ -71,7 +71,7 @@ def test_splits_have_their_size_and_share_no_input(name: str):
 
 @pytest.mark.parametrize("name", ["entailment", "sentiment"])
 @pytest.mark.parametrize("split", list(toy.SPLITS))
-def test_labels_are_balanced_and_shuffled(name: str, split: str):
+def test_integer_labels_balanced_and_shuffled(name: str, split: str):
     labels = [row["label"] for row in toy.rows(name, split)]
     assert sum(labels) * 2 == len(labels)
     assert labels != [0, 1] * (len(labels) // 2)

@@ -72,7 +72,9 @@ def build_task(config: TaskConfig, data_dir: str | None, protocol: str = "strict
     notes = [how, *words]
     if config.label_column and not config.option_names_column:
         rows = (row for members in units.values() for unit in members for _, _, row in unit)
-        read = dataclasses.replace(config, labels_are=decide(config, (row.get(config.label_column) for row in rows)))
+        read = dataclasses.replace(
+            config, integer_labels=decide(config, (row.get(config.label_column) for row in rows))
+        )
     else:
         read = config
     splits = {}

@@ -1,7 +1,7 @@
 """What a label in the data means: one of the label words, or the index of one.
 
 Both are common, and where the words are numbers one value can be either: with the words 1 to 5 a 1 may be the first
-class or the second. What all rows of the task say decides; where they fit both readings, `task.labels_are` has to.
+class or the second. What all rows of the task say decides; where they fit both readings, `task.integer_labels` has to.
 """
 
 from __future__ import annotations
@@ -53,15 +53,15 @@ def decide(config: TaskConfig, values: Iterable[Any]) -> str:
     """How the labels of a task are read: `words`, `indices`, or `auto` where no label could be both.
 
     Args:
-        config: the task; its `labels_are` decides, if it is not `auto`.
+        config: the task; its `integer_labels` decides, if it is not `auto`.
         values: the labels of all rows.
 
     Raises:
         UserError: the labels can be read in two ways, which differ.
     """
     source, words = config.source, config.label_words
-    if config.labels_are != "auto":
-        return config.labels_are
+    if config.integer_labels != "auto":
+        return config.integer_labels
     if source.generator or source.builder != "none":  # what makes the rows numbers the labels
         return "indices"
     distinct = {(type(value), value): value for value in values if isinstance(value, str | int | float)}.values()
@@ -83,7 +83,7 @@ def decide(config: TaskConfig, values: Iterable[Any]) -> str:
         why = f"{only_indices[0]!r} can only be an index, but {only_words[0]!r} only a word"
     raise UserError(
         f"task '{config.name}': {config.label_column} = {value!r} is the label word {words[word]!r}, or the index of "
-        f"{words[index]!r}: {why}; task.labels_are=words or task.labels_are=indices decides"
+        f"{words[index]!r}: {why}; task.integer_labels=words or task.integer_labels=indices decides"
     )
 
 
@@ -91,7 +91,7 @@ def read_label(config: TaskConfig, value: Any, where: str) -> int:
     """A label's index among the label words.
 
     Args:
-        config: the task; its `labels_are` is what `decide` found.
+        config: the task; its `integer_labels` is what `decide` found.
         value: as it stands in the row.
         where: names the row, for messages.
 
@@ -99,13 +99,13 @@ def read_label(config: TaskConfig, value: Any, where: str) -> int:
         UserError: a value that means none of the words.
     """
     words = config.label_words
-    readings = {"words": (as_word,), "indices": (as_index, as_word)}.get(config.labels_are, (as_word, as_index))
+    readings = {"words": (as_word,), "indices": (as_index, as_word)}.get(config.integer_labels, (as_word, as_index))
     for reading in readings:
         if (label := reading(words, value)) is not None:
             return label
     allowed = ", ".join(f"{i} ({word})" for i, word in enumerate(words))
-    if config.labels_are == "words":
-        allowed = f"{', '.join(words)} (task.labels_are = words)"
+    if config.integer_labels == "words":
+        allowed = f"{', '.join(words)} (task.integer_labels = words)"
     hidden = "; -1 is how the hub hides the labels of a test split" if str(value) == "-1" else ""
     raise UserError(
         f"task '{config.name}': {config.label_column} = {value!r} in {where} is outside task.label_words; "

@@ -85,7 +85,7 @@ def test_it_is_sized_by_its_soft_tokens():
     assert spec_of(chosen).count(chosen, backbone) == fitted.count
 
 
-def test_its_labels_are_the_tasks():
+def test_its_integer_labels_the_tasks():
     assert composed({}).method.label_words == WORDS  # type: ignore[attr-defined]
     assert composed({}, label_words=WORDS).method.label_words == WORDS  # type: ignore[attr-defined]
 
