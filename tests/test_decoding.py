@@ -24,6 +24,7 @@ from transformers import (
 )
 from transformers.generation.streamers import BaseStreamer
 
+import iapt
 from iapt.backbone import TINY_DIR
 from iapt.batch import Batch
 from iapt.decoding import ARGUMENTS, REFUSED, WORKING, end_tokens
@@ -358,3 +359,15 @@ def test_the_tokens_that_end_a_text():
         tokenizer.add_special_tokens({"additional_special_tokens": [f"w{token}"]})
     lm.generation_config.eos_token_id = [free[3], free[2]]
     assert ours(model, prompts(1))[0].tolist() == free[: free.index(free[2]) + 1]
+
+
+def test_without_a_tokenizer_the_lm_says_what_ends_a_text():
+    lm = build_backbone("llama").lm
+    lm.generation_config.eos_token_id = [2, 9]
+    model = iapt.attach(lm, {"name": "prompt_tuning", "num_soft_tokens": 3, "init": "random"})
+    assert end_tokens(lm, model.backbone.tokenizer) == [2, 9]
+    with pytest.raises(UserError, match="stop_strings: cannot be found without the backbone's tokenizer"):
+        model.generate(prompts(), stop_strings="w5")
+    free = ours(model, prompts(1), eos_token_id=VOCABULARY - 1)[0].tolist()
+    lm.generation_config.eos_token_id = [2, free[1]]
+    assert ours(model, prompts(1))[0].tolist() == free[:2]

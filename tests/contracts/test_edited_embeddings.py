@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers.generation.streamers import BaseStreamer
 
 from iapt.methods import SoftPrompt
 from iapt.mixed import RowMixture
@@ -101,6 +102,13 @@ def test_a_padded_batch_generates_what_its_rows_do(options: dict[str, Any]):
     assert torch.equal(model.generate(batch(items, extra_left=3), **options), alone)
 
 
+class Failing(BaseStreamer):  # type: ignore[misc]
+    """Is handed the instruction before anything runs."""
+
+    def put(self, value: Tensor) -> None:
+        raise RuntimeError("the streamer's")
+
+
 def test_the_embedding_table_answers_others_as_ever():
     backbone, ids = build_backbone("llama"), torch.tensor([[1, 5, 9, 4], [1, 8, 9, 7]])
     bare = backbone.lm(input_ids=ids).logits
@@ -112,8 +120,8 @@ def test_the_embedding_table_answers_others_as_ever():
         assert torch.equal(model.generate(made, max_new_tokens=3), other.generate(made, max_new_tokens=3))
         assert torch.equal(backbone.lm(input_ids=ids).logits, bare)
     # A decoding that fails before its first token leaves nothing behind.
-    with pytest.raises(ValueError, match="max_new_tokens"):
-        models[0].generate(batch(examples(2)), max_new_tokens=-1)
+    with pytest.raises(RuntimeError, match="the streamer's"):
+        models[0].generate(batch(examples(2)), max_new_tokens=1, streamer=Failing())
     assert torch.equal(backbone.lm(input_ids=ids).logits, bare)
     for model in models:
         model.detach()
