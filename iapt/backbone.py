@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -164,7 +165,7 @@ def build_backbone(
                 generation_config=_ends_alone(source, config.revision),
             )
         tokenizer = AutoTokenizer.from_pretrained(source, revision=config.revision or "main")
-    except (OSError, ValueError, ImportError, KeyError, TypeError) as error:
+    except (OSError, ValueError, ImportError, KeyError, TypeError, StrictDataclassError) as error:
         what = f"backbone.path = {config.path!r}" if config.kind == "pretrained" else f"backbone.shape = {config.shape}"
         raise UserError(
             f"{what}: could not load backbone '{config.name}' (a hub id or a folder with config.json, weights and "

@@ -260,3 +260,10 @@ def test_classification_by_generation(tmp_path: Path):
     )
     records = [json.loads(x) for x in (tmp_path / "run" / "predictions.jsonl").read_text().splitlines()]
     assert summary["test"] == sum(r["text"].startswith(r["reference"]) for r in records) / len(records)
+
+
+def test_a_shape_that_transformers_rejects_is_one_line(tmp_path: Path):
+    shape = {**SHAPE, "hidden_size": 7}
+    with pytest.raises(UserError, match=r"backbone.shape = .*'hidden_size': 7") as caught:
+        experiment.run(config(backbone={"shape": shape}), tmp_path / "run")
+    assert "\n" not in str(caught.value)
