@@ -126,6 +126,7 @@ def evaluate(checkpoint: Path, folder: Path, overrides: dict[str, Any], config: 
         "harness": {"n_shot": shots, "limit": config.limit, "n_samples": results.get("n-samples"), "cut": lm.cut},
         "data_fingerprint": _fingerprint([results.get(key) for key in ("task_hashes", "versions")], shots, samples),
         "note": "; ".join([*notes, *lm.notes()]),
+        "preflight": model.preflight,
         "status": "ok",
         "eval_seconds": round(time.perf_counter() - start, 3),
         **circumstances(accelerator),

@@ -63,7 +63,8 @@ def attach(
         precision: `bf16` computes under autocast, `fp32` in the LM's own dtype; None: bf16 if that is the LM's.
         activation_checkpointing: recompute layer activations in the backward pass. Between `loss` and `eval()` the
             LM then belongs to this model alone.
-        preflight: probe the model on a few short rows (`iapt.preflight`); False: trust it as it is.
+        preflight: probe the model on a few short rows (`iapt.preflight`), before it is returned with what that
+            found in `.preflight`; False: trust it as it is.
 
     Raises:
         UserError: a model that the probe finds wrong, settings that the command line would refuse as well, a method
@@ -142,15 +143,17 @@ def load(
     # Not by way of what training started from, which need not be there any more.
     model = _attach(backbone, meta["method"], tokenizer, precision, activation_checkpointing)
     put_back(model, tensors, f"checkpoint = {folder}")
-    return _probed(model) if preflight else model
+    # Gradients of a whole backbone take memory that nobody who scores has use for.
+    return _probed(model, gradients=not method_config(meta["method"]).trains_backbone) if preflight else model
 
 
-def _probed(model: AdaptedModel) -> AdaptedModel:
+def _probed(model: AdaptedModel, gradients: bool = True) -> AdaptedModel:
     """The model, once the probe has passed; else it is detached."""
     assert model.meta is not None
     try:
-        check(model, model.meta["method"]["name"], switch="preflight=False")
-    except UserError:
+        name = model.meta["method"]["name"]
+        model.preflight = check(model, name, gradients=gradients, switch="preflight=False")
+    except BaseException:
         model.detach()
         raise
     return model

@@ -33,6 +33,9 @@ class AdaptedModel(nn.Module):
             small learning rates vanish in bfloat16.
         activation_checkpointing: recompute layer activations in the backward pass.
         meta: what `save` writes about the adapter: its method and the identity of the bare backbone.
+
+    Attributes:
+        preflight: what `iapt.preflight` found on this model, None if it was not asked.
     """
 
     def __init__(
@@ -46,6 +49,7 @@ class AdaptedModel(nn.Module):
     ) -> None:
         super().__init__()
         self.meta = meta
+        self.preflight: dict[str, Any] | None = None
         self.backbone = backbone
         self.lm = backbone.lm
         self.method = method.to(backbone.lm.device) if method is not None else None

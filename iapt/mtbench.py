@@ -102,9 +102,10 @@ def evaluate(checkpoint: Path, folder: Path, overrides: dict[str, Any], config: 
     _check_folder(folder, identity)
     answers = {row["question_id"]: row for row in read_rows(folder / ANSWERS)}
     missing = [q for q in questions if q.id not in answers]
-    start, notes = time.perf_counter(), list[str]()
+    start, notes, probed = time.perf_counter(), list[str](), None
     if missing:
         model, accelerator = build_model(saved)
+        probed = model.preflight
         answerer = Answerer(model, layout, config.max_new_tokens, saved.config.seed)
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / IDENTITY, identity)
@@ -138,6 +139,7 @@ def evaluate(checkpoint: Path, folder: Path, overrides: dict[str, Any], config: 
         "data_fingerprint": identity["questions"],
         "template_hash": identity["layout"],
         "note": "; ".join([*notes, *([] if grades else [f"{len(answers)} answers, no judge yet"])]) or None,
+        "preflight": probed,
         "status": "ok",
         "eval_seconds": round(time.perf_counter() - start, 3),
         **circumstances(accelerator),

@@ -108,10 +108,11 @@ def put_back(model: AdaptedModel, tensors: dict[str, Tensor], where: str) -> Non
 
 
 def build_model(saved: Saved) -> tuple[AdaptedModel, Accelerator]:
-    """The adapted model on its device, in eval mode.
+    """The adapted model on its device, in eval mode; its preflight is over.
 
     Raises:
-        UserError: hardware that is not there, a backbone that does not load or that the adapter was not trained on.
+        UserError: hardware that is not there, a backbone that does not load or that the adapter was not trained on,
+            what the preflight finds to be wrong.
     """
     config = saved.config
     check_hardware(config)
@@ -125,7 +126,7 @@ def build_model(saved: Saved) -> tuple[AdaptedModel, Accelerator]:
     method = spec_of(config.method).build(config.method, backbone)
     model = AdaptedModel(backbone, method, precision=hardware.precision)
     put_back(model, saved.tensors, f"{saved.key} = {saved.folder}")
-    preflight.run(config, model, gradients=False)
+    model.preflight = preflight.run(config, model, gradients=False)
     return model, accelerator
 
 
