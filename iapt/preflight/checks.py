@@ -36,14 +36,14 @@ TRIES = 4  # of a gradient: a ReLU may be dead at one draw of noise
 SHOWN = 0.1  # how far the noise shall move the logits, in units of their spread, so that a lost edit is seen
 
 WHAT = {
-    "causality": "the logits ahead of a changed token, compared with those of the same text as it was,",
-    "prefix": "an instruction encoded and continued, compared with one pass without a cache,",
-    "training": "the training pass, compared with one pass without a cache,",
-    "padding_left": "a batch with more padding on the left, compared with the same batch without it,",
-    "padding_right": "a batch with more padding on the right, compared with the same batch without it,",
-    "moved": "the logits of a changed adapter, compared with those of the adapter as it is,",
-    "off": "the model with its method switched off, compared with transformers' own forward pass,",
-    "decoding": f"{STEPS} tokens decoded with the cache, compared with {STEPS} without,",
+    "causality": "the logits ahead of a changed token and those of the text as it was",
+    "prefix": "an instruction that is encoded and continued and one pass without a cache",
+    "training": "the training pass and one pass without a cache",
+    "padding_left": "a batch with more padding on the left and the same batch without it",
+    "padding_right": "a batch with more padding on the right and the same batch without it",
+    "moved": "the logits of a changed adapter and those of the adapter as it is",
+    "off": "the model with its method switched off and transformers' own forward pass",
+    "decoding": f"{STEPS} tokens decoded with the cache and {STEPS} without",
 }
 
 
@@ -74,7 +74,7 @@ class Probe:
             raise
         except Exception as error:  # whatever a library makes of a model or method that it was not made for
             first = next(iter(str(error).strip().splitlines()), "")
-            raise self._error(f"{self.doing} ended in {type(error).__name__}: {first[:200]}") from error
+            raise self._error(f"{self.doing}: ended in {type(error).__name__}: {first[:200]}") from error
 
     def _all(self, gradients: bool) -> None:
         self.model.train(False)
@@ -132,7 +132,9 @@ class Probe:
         changed = self._with(response_ids=self.batch.response_ids.clone())
         # The last column but one: the last is not run, it predicts nothing.
         changed.response_ids[:, -2] = self.batch.response_ids[:, -2].roll(1)
-        self._compare("causality", lambda: self._whole(changed)[:, :-1], wanted[:, :-1])
+        # Two passes of one shape, which round alike: a look ahead is seen even where flat weights make it faint.
+        allowed = self.tolerance if self.precision == "quantised" else ROUNDINGS * self.figures["rounding"]
+        self._compare("causality", lambda: self._whole(changed)[:, :-1], wanted[:, :-1], allowed=allowed)
 
     def _prefix(self, wanted: Tensor) -> None:
         def trained() -> Tensor:
@@ -170,7 +172,7 @@ class Probe:
         self._compare("padding_right", lambda: self._whole(right)[:, :-SPARE], wanted)
 
     def _gradients(self) -> None:
-        self.doing = "the gradients of the trained tensors, which"
+        self.doing = "the gradients of the trained tensors"
         if not self.trained:
             return
         if torch.is_inference_mode_enabled():
@@ -283,15 +285,22 @@ class Probe:
         finally:
             self.engine.one_pass = was
 
-    def _compare(self, check: str, found: Callable[[], Tensor], wanted: Tensor, mask: Tensor | None = None) -> None:
+    def _compare(
+        self,
+        check: str,
+        found: Callable[[], Tensor],
+        wanted: Tensor,
+        mask: Tensor | None = None,
+        allowed: float | None = None,
+    ) -> None:
         self.doing = WHAT[check]
         mask = self.batch.response_mask if mask is None else mask
         far = distance(found(), wanted, mask[:, : wanted.shape[1]])
         self.figures[check] = far
-        if not far <= self.tolerance:
+        allowed = self.tolerance if allowed is None else allowed
+        if not far <= allowed:
             raise self._error(
-                f"{self.doing} differs by {far:.3g} of the logits' spread "
-                f"(allowed {self.tolerance:.0e} in {self.precision})"
+                f"{self.doing} differ by {far:.3g} of the logits' spread (allowed {allowed:.0e} in {self.precision})"
             )
 
     def _with(self, **changes: Any) -> Batch:
