@@ -79,19 +79,10 @@ def _parameters(module: nn.Module) -> set[str]:
     return set(inspect.signature(module.forward).parameters)
 
 
-def new_cache(lm: PreTrainedModel) -> DynamicCache:
-    """An empty cache for one pass and what continues it.
-
-    Where every layer is attention the cache keeps all columns of all of them, so that the last one can be taken off
-    again; windows are the mask's business. Recurrent and other layers get what their config asks for.
-    """
-    own = DynamicCache(config=lm.config)
-    return DynamicCache() if all(type(x) in (DynamicLayer, DynamicSlidingWindowLayer) for x in own.layers) else own
-
-
 def is_rewindable(lm: PreTrainedModel) -> bool:
-    """Whether a cache of this model's can be taken back by a column: recurrent states cannot."""
-    return not new_cache(lm).layers  # layers of keys and values are added as they come
+    """Whether a cache of this model's can be taken back by a column: keys and values can, recurrent states cannot."""
+    layers = DynamicCache(config=lm.config).layers
+    return all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers)
 
 
 def takes_ids_at_every_layer(lm: PreTrainedModel) -> bool:

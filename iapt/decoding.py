@@ -12,6 +12,7 @@ refused by name, an option that is not known here as well: one that a new releas
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -222,9 +223,10 @@ def _from_config(config: Any) -> dict[str, Any]:
     return {k: v for k, v in vars(config).items() if k in _known() and v is not None}
 
 
-def _known() -> set[str]:
+@functools.cache
+def _known() -> frozenset[str]:
     """The options of the installed release; a generation config takes other names too, and forgets them."""
-    return {name for name in vars(GenerationConfig()) if not name.startswith("_")} - {"transformers_version"}
+    return frozenset(name for name in vars(GenerationConfig()) if not name.startswith("_")) - {"transformers_version"}
 
 
 def _is_off(name: str, value: Any) -> bool:

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from iapt.architecture import arguments_of, is_rewindable, new_cache, takes_ids_at_every_layer
+from iapt.architecture import arguments_of, is_rewindable, takes_ids_at_every_layer
 from iapt.backbone import Backbone
 from iapt.batch import Batch
 from iapt.cache import PassCache
@@ -79,25 +79,29 @@ class Engine:
         self.method, self.autocast, self.checkpointing = method, autocast, checkpointing
         self.active, self.training = True, False
         self.arguments = arguments_of(backbone.lm)
-        self.one_pass = not is_rewindable(backbone.lm)
-        name, kind = type(method).__name__, type(backbone.lm).__name__
+        self._rewindable = is_rewindable(backbone.lm)
+        self.one_pass = not self._rewindable
         if isinstance(method, SoftPrompt):
-            if self.one_pass and (method.edits_cache or method.hides):
-                raise UserError(
-                    f"method: {name} reaches into every layer's attention, and {kind} has layers of another kind"
-                )
-            if takes_ids_at_every_layer(backbone.lm):
-                raise UserError(
-                    f"method: {name} puts soft tokens among the text, and {kind} looks every token's id up at every "
-                    "layer, which soft tokens do not have; weight-space methods (method=lora) can do without"
-                )
-        reads = method.reads if isinstance(method, SoftPrompt) else None
-        if reads == "encoding" and backbone.output_size != backbone.hidden_size:
+            self._refuse_unfit(method)
+        self.hooks = LayerHooks(backbone.layers, backbone.embeddings, method, checkpointing)
+
+    def _refuse_unfit(self, method: SoftPrompt) -> None:
+        """Raises UserError if the backbone's layers are not of the kind that the method reaches into."""
+        name, kind, backbone = type(method).__name__, type(self.lm).__name__, self.backbone
+        if not self._rewindable and (method.edits_cache or method.hides):
+            raise UserError(
+                f"method: {name} reaches into every layer's attention, and {kind} has layers of another kind"
+            )
+        if takes_ids_at_every_layer(self.lm):
+            raise UserError(
+                f"method: {name} puts soft tokens among the text, and {kind} looks every token's id up at every "
+                "layer, which soft tokens do not have; weight-space methods (method=lora) can do without"
+            )
+        if method.reads == "encoding" and backbone.output_size != backbone.hidden_size:
             raise UserError(
                 f"method: {name} reads the last hidden states as if they were a layer's, and in {kind} they are "
                 f"{backbone.output_size} wide, a layer's {backbone.hidden_size}"
             )
-        self.hooks = LayerHooks(backbone.layers, backbone.embeddings, method, checkpointing)
 
     def train(self, mode: bool) -> None:
         """Whether a backward pass may follow. The backbone's modules stay in eval mode."""
@@ -106,8 +110,8 @@ class Engine:
 
     def encode(self, batch: Batch) -> Prefix:
         """Run the instruction, and the soft tokens with it, up to but not including its last token."""
-        mask, cache, prompt, plan = batch.instruction_mask, new_cache(self.lm), self._prompt(), None
-        with self._precision():
+        mask, cache, prompt, plan = batch.instruction_mask, self._new_cache(), self._prompt(), None
+        with self.precision():
             if prompt is None:
                 self._run(self._embed(batch.instruction_ids, mask)[:, :-1], mask[:, :-1], cache, keep_cache=True)
                 mask = mask[:, :-1]
@@ -115,8 +119,8 @@ class Engine:
                 plan, embeds, mask = self._before(prompt, batch)
                 # The last token has to run, a generator reads its states; every continuation runs it again.
                 if self.one_pass:
+                    plan.written = {}
                     self._run(embeds, mask, plan=plan)
-                    plan.again = True
                     self._run(embeds[:, :-1], mask[:, :-1], cache, plan=plan, keep_cache=True)
                 else:
                     self._run(embeds, mask, cache, plan=plan, keep_cache=True)
@@ -138,7 +142,7 @@ class Engine:
         """(B, R, V): the logits that predict each response token, in one pass with gradient."""
         # The last response token predicts nothing that is asked for.
         ids, seen = batch.response_ids[:, :-1], batch.response_mask[:, :-1]
-        with self._precision():
+        with self.precision():
             return self._run_whole(batch, ids, seen, keep=batch.response_ids.shape[1])
 
     def instruction_states(self, batch: Batch) -> Tensor:
@@ -147,7 +151,7 @@ class Engine:
         What the LM head reads to predict a response's first token; no response is looked at.
         """
         ids, seen = batch.response_ids[:, :0], batch.response_mask[:, :0]
-        with self._precision():
+        with self.precision():
             return self._run_whole(batch, ids, seen, keep=0)[:, -1]
 
     def _run_whole(self, batch: Batch, ids: Tensor, seen: Tensor, keep: int) -> Tensor:
@@ -159,7 +163,7 @@ class Engine:
         if prompt.position == "before_instruction":
             plan, embeds, mask = self._before(prompt, batch)
             return self._run(torch.cat([embeds, response], 1), torch.cat([mask, seen], 1), keep=keep, plan=plan)
-        cache = None if self.one_pass else new_cache(self.lm)
+        cache = None if self.one_pass else self._new_cache()
         plan, soft = self._plan_after(prompt, batch, cache)
         ones = soft.new_ones(soft.shape[:2], dtype=torch.bool)
         whole = torch.cat([mask[:, :-1], ones, mask[:, -1:], seen], 1)
@@ -181,7 +185,7 @@ class Engine:
             raise ValueError("this engine runs every text whole: ask `response_logits`")
         inputs = torch.cat([prefix.last_ids, ids[:, :-1]], 1)
         seen = torch.cat([prefix.mask, torch.ones_like(prefix.mask[:, :1]), mask[:, :-1]], 1)
-        with self._precision():
+        with self.precision():
             embeds = self._embed(inputs, seen[:, prefix.mask.shape[1] :])
             if prefix.plan is not None and prefix.plan.first is not None:
                 embeds = torch.cat([prefix.plan.first, embeds[:, 1:]], 1)
@@ -193,7 +197,7 @@ class Engine:
         self.hooks.plan = prefix.plan
         self.hooks.first = prefix.plan.first if prefix.plan is not None else None
         try:
-            with self._precision():
+            with self.precision():
                 yield
         finally:
             self.hooks.plan = self.hooks.first = None
@@ -301,19 +305,25 @@ class Engine:
         if edit is not None:
             assert isinstance(view, PassCache)
             assert plan is not None
-            self._refuse_unasked(set(range(self.backbone.num_layers)) - plan.hidden - view.asked)
+            if unasked := set(range(self.backbone.num_layers)) - plan.hidden - view.asked:
+                raise UserError(
+                    f"method: {type(self.method).__name__} edits every layer's keys and values, and in "
+                    f"{type(self.lm).__name__} those of layers {sorted(unasked)} never came by the cache"
+                )
         return found
 
-    def _refuse_unasked(self, layers: set[int]) -> None:
-        if layers:
-            raise UserError(
-                f"method: {type(self.method).__name__} edits every layer's keys and values, and in "
-                f"{type(self.lm).__name__} those of layers {sorted(layers)} never came by the cache"
-            )
+    def _new_cache(self) -> DynamicCache:
+        """An empty cache for one pass and what continues it.
+
+        Where every layer is attention the cache keeps all columns of all of them, so that the last one can be taken
+        off again; windows are the mask's business. Recurrent and other layers get what their config asks for.
+        """
+        return DynamicCache() if self._rewindable else DynamicCache(config=self.lm.config)
 
     def _embed(self, ids: Tensor, mask: Tensor) -> Tensor:
         """(B, N, e) embeddings of ids (B, N); a pad token need not be in the table."""
         return self.backbone.embed(ids.masked_fill(~mask, 0))
 
-    def _precision(self) -> AbstractContextManager[Any]:
+    def precision(self) -> AbstractContextManager[Any]:
+        """A context in which the backbone computes as in this engine's passes."""
         return torch.autocast(self.lm.device.type, self.autocast) if self.autocast else nullcontext()

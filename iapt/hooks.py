@@ -37,8 +37,8 @@ class Plan:
         first: (B, 1, d), stands for the first token that is embedded after the prefix.
         hidden: the layers in which no other token sees the soft columns.
         cache: what earlier passes have kept, None for nothing.
-        written: layer -> the soft tokens that were written there, to write the same ones in a second pass.
-        again: write what stands in `written`, ask for nothing.
+        written: layer -> what the method answered there, so that a second pass writes the same without asking; None
+            where there is no second pass.
     """
 
     mask: Tensor
@@ -51,8 +51,7 @@ class Plan:
     first: Tensor | None = None
     hidden: frozenset[int] = frozenset()
     cache: Cache | None = None
-    written: dict[int, Tensor] = field(default_factory=dict)
-    again: bool = False
+    written: dict[int, Tensor | None] | None = None
 
     def repeat(self, copies: int) -> None:
         """Every row `copies` times, for beams and samples; for plans of a continuation."""
@@ -155,7 +154,12 @@ class LayerHooks:
             return None
         if plan.slots is None:
             return None
-        soft = plan.written.get(index) if plan.again else self._ask(index, plan, hidden)
+        if plan.written is None:
+            soft = self._ask(index, plan, hidden)
+        else:
+            if index not in plan.written:
+                plan.written[index] = self._ask(index, plan, hidden)
+            soft = plan.written[index]
         if soft is None:
             return None
         hidden = _put(hidden, plan.slots, soft)
@@ -171,8 +175,6 @@ class LayerHooks:
         if self._method.scales:
             scales = self._method.scale(index, states, plan.mask)
             plan.scales.update({(index, part): scale for part, scale in scales.items()})
-        if soft is not None:
-            plan.written[index] = soft
         return soft
 
     def _after_embeddings(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:

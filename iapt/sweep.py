@@ -17,6 +17,7 @@ import hashlib
 import importlib.metadata
 import itertools
 import json
+import operator
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -58,6 +59,15 @@ class Cell:
         return None if self.free else {**self.before, "status": "running"}
 
 
+# Settings that sweeps were begun without, and the value that says what held then: such a sweep keeps its cells.
+_YOUNGER = {
+    "task.source.builder": "none",
+    "task.source.quotes": "auto",
+    "task.integer_labels": "auto",
+    "task.metric_tokenizer": "default",
+}
+
+
 def cell_id(config: Config) -> str:
     """16 hexadecimal digits that stand for all of a configuration that its result depends on.
 
@@ -67,18 +77,16 @@ def cell_id(config: Config) -> str:
     """
     settings = {**to_dict(config), "data": _data_digest(config)}
     del settings["preflight"]  # it changes no result
+    for path, default in _YOUNGER.items():
+        *groups, key = path.split(".")
+        group = functools.reduce(operator.getitem, groups, settings)
+        if group[key] == default:
+            del group[key]
     for key, folder in config.method.adapters().items():
-        if folder is None:  # a sweep begun before there was such a setting keeps its cells
+        if folder is None:  # likewise
             del settings["method"][key]
         else:
             settings["method"][key] = _adapter_digest(Path(folder)) or folder
-    if config.task.source.builder == "none":  # likewise
-        del settings["task"]["source"]["builder"]
-    if config.task.source.quotes == "auto":
-        del settings["task"]["source"]["quotes"]
-    for key, value in (("integer_labels", "auto"), ("metric_tokenizer", "default")):
-        if settings["task"][key] == value:
-            del settings["task"][key]
     return hash_of(settings)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -11,6 +10,7 @@ import transformers
 from torch import Tensor, nn
 
 from iapt.batch import Batch
+from iapt.decoding import end_tokens
 from iapt.errors import UserError
 from iapt.methods import Method
 from iapt.model import AdaptedModel, cross_entropy
@@ -238,7 +238,7 @@ class Probe:
         """
         self.doing = WHAT["off"]
         found = []
-        with self.model.disabled(), self._precision():
+        with self.model.disabled(), self.engine.precision():
             for i, (instruction, response) in enumerate(LENGTHS):
                 shown, said = self.batch.instruction_ids[i], self.batch.response_ids[i]
                 text = torch.cat([shown[-instruction:], said[: response - 1]])
@@ -306,17 +306,10 @@ class Probe:
     def _with(self, **changes: Any) -> Batch:
         return Batch(**{**vars(self.batch), **changes})
 
-    def _precision(self) -> AbstractContextManager[Any]:
-        autocast = self.engine.autocast
-        return torch.autocast(self.lm.device.type, autocast) if autocast else nullcontext()
-
     def _ends(self) -> Tensor:
-        """Every id that might end a text: the probe forbids them, whichever of them decoding goes by."""
-        found: set[int] = set()
-        for source in (self.model.backbone.tokenizer, self.lm.config, self.lm.generation_config):
-            ids = getattr(source, "eos_token_id", None)
-            found |= set(ids) if isinstance(ids, list | tuple) else set() if ids is None else {int(ids)}
-        known = [i for i in sorted(found) if 0 <= i < self.model.backbone.embeddings.weight.shape[0]]
+        """The ids that end a text, which the probe forbids."""
+        rows = self.model.backbone.embeddings.weight.shape[0]
+        known = [i for i in end_tokens(self.lm, self.model.backbone.tokenizer) if 0 <= i < rows]
         return torch.tensor(known, dtype=torch.long, device=self.lm.device)
 
     def _error(self, what: str) -> UserError:

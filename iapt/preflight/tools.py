@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from iapt.batch import Batch, Encoded, collate
 from iapt.methods import SoftPrompt
@@ -134,20 +134,18 @@ def unreached(loss: Tensor, asked: dict[str, nn.Parameter]) -> dict[str, nn.Para
 @contextmanager
 def undisturbed(model: AdaptedModel) -> Iterator[dict[str, Tensor]]:
     """A context at whose end the model and all random numbers are as they were; gives copies of what is trained."""
-    engine, lm = model.engine, model.lm
+    engine = model.engine
     was = engine.training, engine.hooks.recompute, engine.one_pass
     modes = [(module, module.training) for module in model.modules()]
     kept = {name: p.detach().to("cpu", copy=True) for name, p in model.trainable().items()}
-    generation, lm.generation_config = lm.generation_config, GenerationConfig()
     states = random.getstate(), np.random.get_state()
-    devices = {p.device for p in lm.parameters() if p.device.type == "cuda"}
+    devices = {p.device for p in model.lm.parameters() if p.device.type == "cuda"}
     try:
         with torch.random.fork_rng(list(devices)):
             yield kept
     finally:
         random.setstate(states[0])
         np.random.set_state(states[1])
-        lm.generation_config = generation
         with torch.no_grad():
             for name, parameter in model.trainable().items():
                 parameter.copy_(kept[name])

@@ -69,7 +69,7 @@ def decide(config: TaskConfig, values: Iterable[Any]) -> str:
     differ = [(v, w, i) for v, w, i in found if w is not None and i is not None and w != i]
     if not differ:
         return "auto"
-    only_words = [value for value, _, index in found if index is None and as_word(words, value) is not None]
+    only_words = [value for value, word, index in found if index is None and word is not None]
     only_indices = [value for value, word, index in found if word is None and index is not None]
     if only_words and not only_indices:
         return "words"
