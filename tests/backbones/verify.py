@@ -9,13 +9,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from iapt.batch import Batch, Encoded, collate
+from iapt.batch import Encoded, collate
 from iapt.errors import UserError
 from iapt.methods.labels import label_loss
 from iapt.model import AdaptedModel
 from tests.backbones import zoo
 from tests.backbones.reference import NoRoadError, Reference
 from tests.backbones.variants import VARIANTS, attach
+from tests.contracts.conftest import batch
 
 # float32 on the CPU: two roads through three layers differ by some 1e-5; the smallest wrong mask seen, by 1e-2.
 TOLERANCE = 1e-3
@@ -45,24 +46,6 @@ def examples() -> list[Encoded]:
         Encoded(i, (1, *draw(1 + (i * 7) % 11)), draw(1 + i % 4), (draw(1), draw(2), draw(1)), label=i % 3)
         for i in range(4)
     ]
-
-
-def padded(items: list[Encoded], left: int = 5, right: int = 2) -> Batch:
-    """A batch with superfluous padding columns."""
-    made = collate(items, 0)
-
-    def pad(ids: Tensor, before: int, after: int) -> Tensor:
-        return torch.nn.functional.pad(ids, (before, after), value=0)
-
-    assert made.choice_ids is not None
-    assert made.choice_mask is not None
-    made.instruction_ids, made.instruction_mask = (
-        pad(made.instruction_ids, left, 0),
-        pad(made.instruction_mask, left, 0),
-    )
-    made.response_ids, made.response_mask = pad(made.response_ids, 0, right), pad(made.response_mask, 0, right)
-    made.choice_ids, made.choice_mask = pad(made.choice_ids, 0, right), pad(made.choice_mask, 0, right)
-    return made
 
 
 def verify(name: str, variant: str) -> Cell:
@@ -166,7 +149,7 @@ def _compare_rows(model: AdaptedModel, reference: Reference | _OnePass, items: l
             [torch.stack([_likelihood(reference, i, choice) for choice in i.choices]) for i in items]
         )
         loss = -torch.stack([_likelihood(reference, item, item.response) for item in items]).sum()
-    plain, wide = collate(items, 0), padded(items)
+    plain, wide = collate(items, 0), batch(items, extra_left=5, extra_right=2)
     alone = torch.cat([model.score(collate([item], 0)) for item in items])
     _close("score, row by row", alone, expected)
     _close("score, batch", model.score(plain), expected)
@@ -199,7 +182,7 @@ def _compare_off(model: AdaptedModel, name: str, items: list[Encoded]) -> None:
     with torch.no_grad(), model.disabled():
         for item in items[:2]:
             expected = bare.logits(item.instruction, item.response)[:-1]
-            made = padded([item], right=0)
+            made = batch([item], extra_left=5)
             _close("switched off", model.engine.response_logits(made)[0], expected)
 
 
@@ -208,7 +191,7 @@ def _compare_gradients(model: AdaptedModel, reference: Reference | _OnePass, ite
     if not (trained := model.trainable()):
         return
     model.train()
-    model.loss(padded(items), "sum").backward()
+    model.loss(batch(items, extra_left=5, extra_right=2), "sum").backward()
     for name, parameter in trained.items():
         if parameter.grad is None or not float(parameter.grad.abs().sum()) > 0:
             raise WrongNumberError(f"{name} gets no gradient")
