@@ -77,14 +77,12 @@ class Bleu(evaluate.Metric):  # type: ignore[misc]
         return _info("Corpus BLEU", _TEXTS, "Post, 2018, A Call for Clarity in Reporting BLEU Scores")
 
     def _compute(self, predictions: list[str], references: list[list[str]], tokenizer: str) -> dict[str, Any]:
-        from sacrebleu.metrics import BLEU
-
         # sacrebleu wants one stream per reference number; None fills the streams of those with fewer.
         streams = [
             [refs[i] if i < len(refs) else None for refs in references]
             for i in range(max(len(refs) for refs in references))
         ]
-        bleu = BLEU() if tokenizer == "default" else BLEU(tokenize=tokenizer)
+        bleu = bleu_scorer(tokenizer)
         score = bleu.corpus_score(predictions, streams).score
         return {"bleu": score / 100, "bleu_signature": str(bleu.get_signature())}
 
@@ -116,9 +114,7 @@ class _LowerCase:
     """The words of a sacrebleu tokenizer in lower case, as rouge-score asks for them."""
 
     def __init__(self, name: str) -> None:
-        from sacrebleu.metrics import BLEU
-
-        self._split = BLEU(tokenize=name).tokenizer
+        self._split = bleu_scorer(name).tokenizer
 
     def tokenize(self, text: str) -> list[str]:
         """The words of a text."""
@@ -276,6 +272,18 @@ def notes(names: Sequence[str], tokenizer: str = "default", references: Sequence
     )
 
 
+def bleu_scorer(tokenizer: str, **options: Any) -> Any:
+    """sacrebleu's BLEU with a `task.metric_tokenizer`, and options of its own."""
+    from sacrebleu.metrics import BLEU
+
+    return BLEU(**options) if tokenizer == "default" else BLEU(tokenize=tokenizer, **options)
+
+
+def word_options(name: str, tokenizer: str) -> dict[str, str]:
+    """What the named metric has to be told besides predictions and references."""
+    return {"tokenizer": tokenizer} if getattr(METRICS[name], "counts_words", False) else {}
+
+
 def compute(
     names: Sequence[str],
     predictions: Sequence[int] | Sequence[str],
@@ -307,9 +315,8 @@ def compute(
     with tempfile.TemporaryDirectory(prefix="iapt-metrics-") as scratch:
         for name in names:
             metric = METRICS[name](keep_in_memory=True, cache_dir=scratch, experiment_id=uuid.uuid4().hex)
-            options = {"tokenizer": tokenizer} if getattr(metric, "counts_words", False) else {}
             pairs = {"predictions": list(predictions), "references": [_plain(r) for r in references]}
-            values |= metric.compute(**pairs, **options)
+            values |= metric.compute(**pairs, **word_options(name, tokenizer))
     return values
 
 

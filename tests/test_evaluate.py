@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -81,7 +82,8 @@ def test_generation_takes_no_word_that_a_row_lacks(data: Path, tmp_path: Path, m
         return torch.tensor([model.backbone.tokenizer.encode("D", add_special_tokens=False)] * len(batch))
 
     monkeypatch.setattr(AdaptedModel, "generate", says_d)
-    summary = experiment.run(choosing(data, scoring="generation"), tmp_path / "run")
+    chosen = dataclasses.replace(choosing(data, scoring="generation"), preflight="off")  # it would hear D as well
+    summary = experiment.run(chosen, tmp_path / "run")
     assert [record["text"] for record in records_of(tmp_path / "run")] == ["D"] * 6
     assert [record["label"] for record in records_of(tmp_path / "run")] == [3, 3, -1, -1, 3, 3]
     assert summary["test"] == 1 / 6

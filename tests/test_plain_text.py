@@ -273,6 +273,7 @@ def test_a_sweep_knows_the_text_by_its_content_and_other_cells_as_before(tmp_pat
     for later in ("integer_labels", "metric_tokenizer"):
         settings["task"].pop(later, None)
     del settings["task"]["source"]["quotes"]
+    del settings["preflight"]
     assert cell_id(config) == hash_of({**settings, "data": None}), "of a sweep from before there were these settings"
     config.task, config.data_dir = shipped(NEXT), write(tmp_path, NEXT, "One is. Two is.")
     before = cell_id(config)

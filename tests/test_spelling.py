@@ -38,7 +38,7 @@ class Says:
     """Stands in for a model: generates, for every row, the ids of a text and then eos."""
 
     def __init__(self, tokenizer: Any, texts: list[str]) -> None:
-        self.backbone = type("Backbone", (), {"tokenizer": tokenizer})
+        self.backbone = type("Backbone", (), {"tokenizer": tokenizer, "pad_id": tokenizer.pad_token_id})
         self.rows = [tokenizer(text)["input_ids"] + [tokenizer.eos_token_id] for text in texts]
 
     def train(self, mode: bool) -> None:
@@ -97,7 +97,7 @@ def test_words_that_no_generated_text_can_show_are_refused(words: list[str], say
 
 
 def test_answers_with_special_tokens_keep_them() -> None:
-    examples = [Example("red ball", "<call> ball", None, ("<call> ball",)), Example("red", "ball", None, ("ball",))]
+    examples = [Example("red ball", "<call> ball", None, ("<call> ball",)), Example("red red", "ball", None, ("ball",))]
     found = outcome(tokenizer_of(), ["<call> ball", "<s> ball"], examples, metrics=["exact_match"])
     assert [record["text"].replace(" ", "") for record in found] == ["<call>ball", "ball"]
 

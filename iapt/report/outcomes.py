@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from iapt.metrics import CLASSIFICATION, METRICS
+from iapt.metrics import CLASSIFICATION, METRICS, bleu_scorer, word_options
 from iapt.report.runs import Run
 
 Array = NDArray[np.float64]
@@ -52,7 +52,9 @@ def outcomes(run: Run, metric: str) -> Outcomes | str:
         found, wanted = _labels(run, records) if classified else _texts(records)
     except (KeyError, TypeError, ValueError):
         return "predictions.jsonl does not say which answers were expected"
-    statistics, value = _statistics(metric, found, wanted)
+    # Runs from before there was this setting have each metric's own.
+    tokenizer = run.settings.get("task.metric_tokenizer", "default")
+    statistics, value = _statistics(metric, found, wanted, tokenizer)
     references = tuple(str(w) for w in wanted)
     recomputed, recorded = float(value(statistics.sum(0))), run.value(metric)
     if not isinstance(recorded, int | float) or abs(recomputed - recorded) > TOLERANCE:
@@ -71,9 +73,11 @@ def _texts(records: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]
     return [str(r["text"]) for r in records], [[str(x) for x in r["references"]] for r in records]
 
 
-def _statistics(metric: str, found: Sequence[Any], wanted: Sequence[Any]) -> tuple[Array, Callable[[Array], Array]]:
+def _statistics(
+    metric: str, found: Sequence[Any], wanted: Sequence[Any], tokenizer: str
+) -> tuple[Array, Callable[[Array], Array]]:
     if metric == "bleu":
-        return _bleu(found, wanted)
+        return _bleu(found, wanted, tokenizer)
     if metric == "f1":
         return _f1(found, wanted)
     if metric == "accuracy":
@@ -82,15 +86,20 @@ def _statistics(metric: str, found: Sequence[Any], wanted: Sequence[Any]) -> tup
         with tempfile.TemporaryDirectory(prefix="iapt-metrics-") as scratch:
             scorer = METRICS[metric](keep_in_memory=True, cache_dir=scratch, experiment_id=uuid.uuid4().hex)
             # The class's own formula on one example at a time; `compute` would write and read a table for each.
-            column = np.array([scorer._compute([f], [w])[metric] for f, w in zip(found, wanted, strict=True)])
+            options = word_options(metric, tokenizer)
+            column = np.array(
+                [scorer._compute([f], [w], **options)[metric] for f, w in zip(found, wanted, strict=True)]
+            )
     count = len(found)
     return column.astype(float)[:, None], lambda sums: sums[..., 0] / count
 
 
-def _bleu(found: Sequence[str], wanted: Sequence[Sequence[str]]) -> tuple[Array, Callable[[Array], Array]]:
+def _bleu(
+    found: Sequence[str], wanted: Sequence[Sequence[str]], tokenizer: str
+) -> tuple[Array, Callable[[Array], Array]]:
     from sacrebleu.metrics import BLEU
 
-    scorer = BLEU(effective_order=True)  # only the counts are used, and those do not depend on it
+    scorer = bleu_scorer(tokenizer, effective_order=True)  # only the counts are used, and those do not depend on it
     scores = [scorer.sentence_score(f, list(w)) for f, w in zip(found, wanted, strict=True)]
     table = np.array([[*s.counts, *s.totals, s.sys_len, s.ref_len] for s in scores], dtype=float)
 

@@ -64,6 +64,22 @@ def test_a_metric_can_be_had_on_any_resample(tmp_path: Path, metric: str):
     np.testing.assert_allclose(made.value(counts @ made.statistics), expected, atol=1e-9)
 
 
+@pytest.mark.parametrize("metric", ["bleu", "rouge_l"])
+def test_words_are_those_of_the_runs_own_tokenizer(tmp_path: Path, metric: str):
+    folder = tmp_path / "1"
+    _, found, wanted = scored(folder, metric)
+    value = metrics.compute([metric], found, wanted, "char")[metric]
+    assert value != metrics.compute([metric], found, wanted)[metric]
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    config["task"]["metric_tokenizer"] = "char"
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    summary = json.loads((folder / "summary.json").read_text())
+    (folder / "summary.json").write_text(json.dumps(summary | {"test": value, "metrics": {"test": {metric: value}}}))
+    made = outcomes(read_runs([folder])[0], metric)
+    assert isinstance(made, Outcomes), made
+    assert float(made.value(made.statistics.sum(0))) == pytest.approx(value)
+
+
 def test_labels_inside_a_longer_response(tmp_path: Path):
     folder = make_run(tmp_path / "1", settings={"task.response": "It is {label}."})
     text = (folder / "predictions.jsonl").read_text()
