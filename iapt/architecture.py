@@ -55,12 +55,22 @@ def arguments_of(lm: PreTrainedModel) -> Arguments:
     """How this LM wants to be called.
 
     Raises:
-        UserError: if it takes neither embeddings nor a KV cache under a name that is known here.
+        UserError: if it takes neither embeddings nor a KV cache under a name that is known here, is an encoder, or
+            has layers that look ids up.
     """
     outer, inner = _parameters(lm), _parameters(decoder_of(lm))
     passes_on = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in inspect.signature(lm.forward).parameters.values())
     known = outer | inner if passes_on else outer
     kind = type(lm).__name__
+    if any(getattr(module, "is_decoder", True) is False for module in decoder_layers(lm).modules()):
+        raise UserError(
+            f"backbone: {kind} is built as an encoder, whose tokens see what follows them; is_decoder: true in its "
+            "config.json makes it a causal LM, if it was trained as one"
+        )
+    if any("input_ids" in _parameters(layer) for layer in decoder_layers(lm)):
+        raise UserError(
+            f"backbone: layers of {kind} look ids up themselves, and what this engine hands a model are embeddings"
+        )
     for name in ("inputs_embeds", "attention_mask"):
         if name not in known:
             raise UserError(f"backbone: {kind}.forward takes no {name}, so nothing can be attached to it")
@@ -235,6 +245,8 @@ def part_of(layer: nn.Module, part: str) -> tuple[nn.Module, Tensor | None, int]
     # GPT-Neo's and BERT's attention modules hold the module that does the work.
     attention = _first(attention, ("attention", "self")) or attention
     if (module := _first(attention, _OWN_MAPS[part])) is not None:
+        if not hasattr(getattr(module, "base_layer", module), "out_features") and not hasattr(module, "nf"):
+            raise refused  # a module of several maps, whose output is not one of the four
         return module, None, _width(module)
     if (fused := _FUSED.get(type(attention).__name__)) is None:
         raise refused

@@ -392,16 +392,26 @@ def test_a_break_is_caught_in_bfloat16_too(name: str, monkeypatch: pytest.Monkey
 
 @pytest.mark.parametrize(("dtype", "spread"), [(torch.float32, 0.02), (torch.float32, 0.3), (torch.bfloat16, 0.3)])
 def test_a_model_that_looks_ahead_is_caught(dtype: torch.dtype, spread: float):
-    sizes = {"vocab_size": 67, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3}
-    for decoder in (True, False):
-        made = AutoConfig.for_model(
-            "bert", **sizes, num_attention_heads=4, is_decoder=decoder, initializer_range=spread
-        )
-        torch.manual_seed(0)
-        lm = AutoModelForCausalLM.from_config(made, dtype=dtype)
+    for looks_ahead in (False, True):
+        lm = bert(spread, dtype, is_decoder=True)
+        lm.config.is_decoder = not looks_ahead  # what its mask goes by, its layers stay a decoder's
         start = {"tokenizer": conftest.build_backbone("llama").tokenizer}
-        with nullcontext() if decoder else pytest.raises(UserError, match=r"ahead of a changed token.*differ by"):
+        expected = pytest.raises(UserError, match=r"ahead of a changed token.*differ by")
+        with expected if looks_ahead else nullcontext():
             iapt.attach(lm, {"name": "bitfit"}, **start)
+
+
+def test_an_encoder_is_refused_without_a_probe():
+    lm, tokenizer = bert(0.02, torch.float32, is_decoder=False), conftest.build_backbone("llama").tokenizer
+    with pytest.raises(UserError, match=r"BertLMHeadModel is built as an encoder.*is_decoder: true"):
+        iapt.attach(lm, {"name": "prompt_tuning"}, tokenizer=tokenizer, preflight=False)
+
+
+def bert(spread: float, dtype: torch.dtype, is_decoder: bool) -> PreTrainedModel:
+    sizes = {"vocab_size": 67, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3}
+    made = AutoConfig.for_model("bert", **sizes, num_attention_heads=4, is_decoder=is_decoder, initializer_range=spread)
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(made, dtype=dtype)
 
 
 RAISED = [IndexError("list index out of range"), TypeError("a\nb"), AttributeError(), KeyError(1), ValueError("x")]

@@ -14,8 +14,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from iapt.architecture import is_rewindable
 from iapt.errors import UserError
 from iapt.methods import MethodConfig, MethodSpec, WeightMethod, register
+from iapt.methods.reach import reached
 
 if TYPE_CHECKING:
     from iapt.backbone import Backbone
@@ -34,6 +36,11 @@ class BitFit(WeightMethod):
 
     def __init__(self, config: BitFitConfig, backbone: Backbone) -> None:
         super().__init__()
+        if not is_rewindable(backbone.lm):
+            raise UserError(
+                f"method: BitFit's new biases act on padding too, and the recurrent layers of {type(backbone.lm).__name__} "
+                "would carry that into the text; method=lora works there"
+            )
         modules = biased_modules(backbone, config.create_missing)
         if not modules:
             raise UserError(
@@ -51,7 +58,7 @@ class BitFit(WeightMethod):
 
 def biased_modules(backbone: Backbone, create_missing: bool) -> dict[str, nn.Module]:
     """The modules whose bias is trained, by name: linear maps and layer norms of the whole model that have one, and
-    with `create_missing` the linear maps of the decoder layers that have none."""
+    with `create_missing` the linear maps of the decoder layers that have none; those alone that texts reach."""
     from transformers.pytorch_utils import Conv1D  # GPT-2's linear map
 
     inside = {m for layer in backbone.layers for m in layer.modules()}
@@ -61,7 +68,7 @@ def biased_modules(backbone: Backbone, create_missing: bool) -> dict[str, nn.Mod
         has_bias = (linear or isinstance(module, nn.LayerNorm)) and module.bias is not None
         if has_bias or (create_missing and linear and module in inside):
             found[name] = module
-    return found
+    return {name: found[name] for name in reached(backbone.lm, found)}
 
 
 def _width(module: nn.Module) -> int:

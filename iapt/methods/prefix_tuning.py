@@ -20,6 +20,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from iapt.architecture import arguments_of, check_keys_and_values, is_rewindable
+from iapt.cache import PassCache
 from iapt.errors import UserError
 from iapt.methods import MethodSpec, SizeKnob, SoftPrompt, SoftPromptConfig, register
 
@@ -93,13 +95,13 @@ class PrefixTuning(SoftPrompt):
 
     reads = "nothing"
 
-    def __init__(self, config: PrefixTuningConfig, num_layers: int, d: int, heads: int, head_dim: int) -> None:
+    def __init__(self, config: PrefixTuningConfig, num_layers: int, d: int, heads: tuple[int, int] | None) -> None:
         super().__init__()
         self.num_soft_tokens = config.num_soft_tokens
         self.position = config.position
         self.edits_cache = config.form == "keys_values"
-        self.heads = (heads, head_dim)
-        outputs = 2 * heads * head_dim if self.edits_cache else d
+        self.heads = heads
+        outputs = _outputs(d, heads)
         self.source: nn.Module
         if config.reparameterization == "mlp":
             self.source = Mlp(config, num_layers, outputs, d)
@@ -111,41 +113,64 @@ class PrefixTuning(SoftPrompt):
         return None if self.edits_cache else self.source(layer).expand_as(previous)
 
     def keys_values(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """As `SoftPrompt.keys_values`. Raises UserError where the layer's heads are not what its config says."""
+        assert self.heads is not None
         heads, head_dim = self.heads
-        for given in (keys, values):
-            if (given.shape[1], given.shape[3]) != self.heads:
-                raise UserError(
-                    f"method.form = keys_values: layer {layer} of this backbone keeps {given.shape[1]} heads of width "
-                    f"{given.shape[3]}, its config says {heads} of {head_dim}; method.form = states works everywhere"
-                )
         # (s, 2 H_kv d_h) -> (2, H_kv, s, d_h), peft's order.
         pair = self.source(layer).view(-1, 2, heads, head_dim).permute(1, 2, 0, 3)
         return pair[0].expand_as(keys).to(keys.dtype), pair[1].expand_as(values).to(values.dtype)
 
 
 def key_value_heads(backbone: Backbone) -> tuple[int, int]:
-    """(H_kv, d_h): how many key/value heads a layer has, and how wide they are.
+    """(H_kv, d_h): how many key/value heads every layer keeps, and how wide they are.
 
-    Read from transformers' config: grouped-query models name their key/value heads, GPT-2 and OPT have as many as
-    heads; Gemma and others state a head width that is not d / H.
+    Seen in a pass over two tokens: configs name them in many ways, and some not at all (multi-query attention).
+
+    Raises:
+        UserError: if layers differ in them, keys differ from values, or a layer keeps none.
     """
-    config = backbone.lm.config
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    return int(heads), int(getattr(config, "head_dim", None) or backbone.hidden_size // config.num_attention_heads)
+    lm, seen = backbone.lm, {}
+
+    def note(layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        seen[layer] = {(t.shape[1], t.shape[3]) for t in (keys, values)}
+        return keys, values
+
+    kind, otherwise = type(lm).__name__, "method.form = states does without"
+    if not is_rewindable(lm):
+        raise UserError(f"method.form = keys_values: {kind} has layers without keys and values; {otherwise}")
+    for layer in backbone.layers:
+        check_keys_and_values(layer)
+    names, ids = arguments_of(lm), torch.zeros(1, 2, dtype=torch.long, device=lm.device)
+    inputs = {"use_cache": True} if names.use_cache else {}
+    with torch.no_grad():
+        lm(input_ids=ids, **{names.cache: PassCache(None, note)}, **inputs)
+    shapes = set().union(*seen.values())
+    if len(seen) < backbone.num_layers or len(shapes) != 1:
+        raise UserError(
+            f"method.form = keys_values: layers of {kind} keep (heads, width) {sorted(shapes)} in {len(seen)} of its "
+            f"{backbone.num_layers} layers, and one shape in all of them is needed; {otherwise}"
+        )
+    return shapes.pop()
 
 
 def build(config: PrefixTuningConfig, backbone: Backbone) -> PrefixTuning:
     """The method at its start."""
-    return PrefixTuning(config, backbone.num_layers, backbone.hidden_size, *key_value_heads(backbone))
+    return PrefixTuning(config, backbone.num_layers, backbone.hidden_size, _heads(config, backbone))
+
+
+def _heads(config: PrefixTuningConfig, backbone: Backbone) -> tuple[int, int] | None:
+    return key_value_heads(backbone) if config.form == "keys_values" else None
+
+
+def _outputs(d: int, heads: tuple[int, int] | None) -> int:
+    """How many numbers a layer is given for each soft token: d, or as many as its keys and values have."""
+    return d if heads is None else 2 * heads[0] * heads[1]
 
 
 def count(config: PrefixTuningConfig, backbone: Backbone) -> int:
     """With out = d (states) or 2 H_kv d_h: none L s out; mlp s d + k (d + 1) + L out (k + 1); projected
     L low_dim (s + out)."""
     layers, d, s, k = backbone.num_layers, backbone.hidden_size, config.num_soft_tokens, config.mlp_width
-    heads, head_dim = key_value_heads(backbone)
-    outputs = d if config.form == "states" else 2 * heads * head_dim
+    outputs = _outputs(d, _heads(config, backbone))
     if config.reparameterization == "none":
         return layers * s * outputs
     if config.reparameterization == "mlp":

@@ -26,6 +26,8 @@ from iapt.model import AdaptedModel
 
 Edit = Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor]]
 NAME = "by_hand"
+# What reaches the attention function there is not what is cached: values in halves, heads repeated.
+_REPEATED = ("diffllama", "jetmoe")
 
 
 class NoRoadError(Exception):
@@ -45,7 +47,7 @@ class _Attention:
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        mask: Tensor | None,
+        attention_mask: Tensor | None,  # by position or, in some families, by this name
         *args: Any,
         **kwargs: Any,
     ) -> Any:
@@ -54,9 +56,9 @@ class _Attention:
         if self.edit is not None:
             key, value = self.edit(layer, key, value)
         if self.hide is not None:
-            mask = self.hide(layer, mask)
+            attention_mask = self.hide(layer, attention_mask)
         own = getattr(sys.modules[type(module).__module__], "eager_attention_forward", ALL_ATTENTION_FUNCTIONS["sdpa"])
-        return own(module, query, key, value, mask, *args, **kwargs)
+        return own(module, query, key, value, attention_mask, *args, **kwargs)
 
 
 _attention = _Attention()
@@ -165,11 +167,12 @@ class Reference:
 
     def _editing(self, embeds: Tensor, edit: Edit) -> tuple[Tensor, Any]:
         """A pass with edited keys and values."""
-        with self._by_hand(edit=edit):
-            found = self._pass(inputs_embeds=embeds)
-            if _attention.asked >= self._attending():
-                self.roads.add("attention function")
-                return found
+        if self.lm.config.model_type not in _REPEATED:
+            with self._by_hand(edit=edit):
+                found = self._pass(inputs_embeds=embeds)
+                if _attention.asked >= self._attending():
+                    self.roads.add("attention function")
+                    return found
         cache = _EditingCache(edit)
         name = next(n for n in CACHE_NAMES if n in self._arguments())
         out = self.lm(inputs_embeds=embeds, use_cache=True, **{name: cache})

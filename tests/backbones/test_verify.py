@@ -15,10 +15,7 @@ VARIANTS = (
     "zero_shot", "prompt_tuning after", "iapt before", "iapt gated", "prefix_tuning keys_values", "spt layers", "para",
     "LoRA",
 )  # fmt: skip
-REFUSED = {
-    ("mixtral", "para"): "mixture of experts",
-    ("falcon", "prefix_tuning keys_values"): "keeps 1 heads of width 8",
-}
+REFUSED = {("mixtral", "para"): "mixture of experts"}
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

@@ -1,4 +1,8 @@
-"""One cell of the table of backbones: a method variant on a backbone against the reference."""
+"""One cell of the table of backbones: what the preflight says of a method variant on a backbone, and the reference.
+
+A variant counts as refused where attaching it or the preflight refuses it, as a user would see; what both let pass is
+held against the reference.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from iapt import preflight
 from iapt.batch import Encoded, collate
 from iapt.errors import UserError
 from iapt.methods.labels import label_loss
@@ -54,8 +59,9 @@ def verify(name: str, variant: str) -> Cell:
         warnings.simplefilter("ignore")
         try:
             backbone = zoo.build(name)
-            _causal(backbone.lm)
-            return Cell("right", compare(attach(VARIANTS[variant], backbone), name))
+            model = attach(VARIANTS[variant], backbone)
+            preflight.check(model, VARIANTS[variant].method)
+            return Cell("right", compare(model, name))
         except UserError as error:
             lines = str(error).splitlines()
             return Cell("refused", lines[0]) if len(lines) == 1 else Cell("crashed", f"{len(lines)} lines: {error}")

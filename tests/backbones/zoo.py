@@ -40,6 +40,8 @@ _SIZES: dict[str, Any] = {
 # What is set where a config has a value of its own, by what that value decides.
 _WHERE_SET: dict[str, Any] = {
     **dict.fromkeys(("sliding_window", "attention_chunk_size", "window_size", "attention_window_size"), WINDOW),
+    "keep_window_size": WINDOW,
+    "unpadded_vocab_size": VOCABULARY,
     **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"), 4),
     **dict.fromkeys(
         (
@@ -81,6 +83,12 @@ _SHARED_KEYS = {
     "num_kv_shared_layers": 2,
     "layer_types": ["sliding_attention", "full_attention"] * 2,
 }
+# Encoders unless told otherwise.
+_BERTS = (
+    *("bert", "bert-generation", "big_bird", "camembert", "data2vec-text", "electra", "ernie", "megatron-bert"),
+    *("rembert", "roberta", "roberta-prelayernorm", "roc_bert", "roformer", "xlm-roberta", "xlm-roberta-xl", "xmod"),
+    "reformer",
+)
 # What one architecture needs beyond its sizes: name -> settings. `_type` is the model type where the name is not;
 # None takes a setting away.
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -91,10 +99,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "gpt_bigcode": {"multi_query": True},
     "gpt_bigcode-heads": {"_type": "gpt_bigcode", "multi_query": False},
     "opt-narrow": {"_type": "opt", "word_embed_proj_dim": 16, "do_layer_norm_before": False},
-    "bert": {"is_decoder": True},
-    "bert-encoder": {"_type": "bert", "is_decoder": False},
-    "roberta": {"is_decoder": True},
-    "roberta-encoder": {"_type": "roberta", "is_decoder": False},
+    **{name: {"is_decoder": True} for name in _BERTS},
+    **{f"{name}-encoder": {"_type": name, "is_decoder": False} for name in ("bert", "roberta")},
     # -- what a family wants ------------------------------------------------------------------------------------
     "cohere": {"logit_scale": 1.0},
     "cohere2": {"logit_scale": 1.0},
@@ -105,6 +111,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "granitemoehybrid": {**_MAMBA, "layer_types": ["mamba", "attention", "mamba"]},
     "falcon_h1": {**_MAMBA, "mamba_d_ssm": 64},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 1},
+    "bailing_hybrid": {"kv_lora_rank": 16},
     "deepseek_v2": {"num_experts_per_tok": 2},
     "gemma3n_text": {**_SHARED_KEYS, "laurel_rank": 4, "altup_num_inputs": 2, "activation_sparsity_pattern": [0.0] * 4},
     "gemma4_text": _SHARED_KEYS,
@@ -155,6 +162,17 @@ def shrink(config: Any) -> dict[str, Any]:
         small.pop("head_dim", None)
         small["num_key_value_heads"] = 4
     return small
+
+
+def why_not_small(name: str, largest: int) -> str | None:
+    """Why `name` is not built: its config cannot be shrunk, or it has more parameters; None if it can be."""
+    try:
+        with torch.device("meta"):
+            lm = AutoModelForCausalLM.from_config(small_config(name))
+    except Exception as error:
+        return f"{type(error).__name__}: {str(error).splitlines()[0][:160] if str(error) else ''}"
+    size = sum(p.numel() for p in lm.parameters())
+    return f"{size:,} parameters with the sizes that are known here" if size > largest else None
 
 
 def tokenizer() -> PreTrainedTokenizerFast:

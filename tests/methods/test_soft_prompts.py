@@ -14,6 +14,7 @@ from iapt.methods.lpt import LptConfig
 from iapt.methods.p_tuning import PTuningConfig
 from iapt.methods.prefix_tuning import PrefixTuningConfig, key_value_heads
 from iapt.model import AdaptedModel
+from tests.backbones import zoo
 from tests.contracts.conftest import Case, batch, build_backbone, build_model, examples
 
 
@@ -63,16 +64,22 @@ def test_prefix_tunings_count_and_shapes(form: str, reparameterization: str, sha
     assert not any(torch.equal(a, b) for a, b in zip(answers, other, strict=True))
 
 
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [("falcon", (1, 8)), ("falcon-groups", (4, 8)), ("gpt_bigcode", (1, 8)), ("mpt", (4, 8)), ("bloom", (4, 8))],
+)
+def test_heads_are_read_off_a_pass_where_configs_do_not_say(name: str, expected: tuple[int, int]):
+    assert key_value_heads(zoo.build(name)) == expected
+
+
 def test_an_explicit_head_width_is_read():
-    backbone = build_backbone("gemma2")
-    backbone.lm.config.head_dim = 24
-    assert key_value_heads(backbone) == (2, 24)
+    assert key_value_heads(build_backbone("gemma2", head_dim=24)) == (2, 24)
 
 
-def test_keys_and_values_of_another_shape_are_refused():
-    method = METHODS["prefix_tuning"].build(PrefixTuningConfig(), build_backbone("llama"))
-    with pytest.raises(UserError, match=r"layer 1 .* 4 heads of width 8, its config says 2 of 8"):
-        method.keys_values(1, torch.zeros(1, 4, 10, 8), torch.zeros(1, 4, 10, 8))
+@pytest.mark.parametrize("name", ["mamba2", "deepseek_v3", "gemma4_text"])
+def test_layers_without_keys_and_values_of_one_shape_are_refused(name: str):
+    with pytest.raises(UserError):
+        METHODS["prefix_tuning"].build(PrefixTuningConfig(), zoo.build(name))
 
 
 @pytest.mark.parametrize(("reparameterization", "std"), [("none", 0.5), ("projected", 0.5)])
