@@ -114,7 +114,8 @@ def context_of(lm: PreTrainedModel) -> int | None:
 
 def decoder_of(lm: PreTrainedModel) -> nn.Module:
     """The model without its LM head. Raises UserError if it cannot be told from the model."""
-    for decoder in (lm.base_model, lm.get_decoder()):  # an LM whose head is on the same level is its own base model
+    # An LM whose head is on the same level is its own base model; Llama 4's text model gives its base another name.
+    for decoder in (lm.base_model, lm.get_decoder(), getattr(lm, "model", None)):
         if isinstance(decoder, nn.Module) and decoder is not lm:
             return decoder
     raise UserError(f"backbone: found no decoder without its head in {type(lm).__name__}")

@@ -40,3 +40,15 @@ def test_rational_fits_are_what_their_script_makes(tmp_path: Path):
     for degrees, fit in again["fits"]["silu"].items():
         for key, value in stored["fits"]["silu"][degrees].items():
             assert fit[key] == pytest.approx(value, rel=1e-4, abs=1e-7)
+
+
+@pytest.mark.parametrize("what", ["train", "decode"])
+def test_the_bench_measures_everyone_and_writes_what_it_prints(what: str, tmp_path: Path):
+    command = [sys.executable, "scripts/bench.py", what, "--shape", "iapt/tiny", "--batch", "2", "--instruction", "6"]
+    sizes = ["--response", "2", "--adapters", "2", "--rounds", "2", "--warmup", "0", "--json", str(tmp_path / "t.json")]
+    done = subprocess.run([*command, *sizes], cwd=ROOT, capture_output=True, text=True, check=True)
+    report = json.loads((tmp_path / "t.json").read_text())
+    names = [row["method"] for row in report["rows"]]
+    assert len(names) == len(set(names)) >= 6
+    assert all(len(rival["seconds"]) == 2 for rival in report["measured"])
+    assert all(f"| {name} | " in done.stdout for name in names)

@@ -38,8 +38,8 @@ class BitFit(WeightMethod):
         super().__init__()
         if not is_rewindable(backbone.lm):
             raise UserError(
-                f"method: BitFit's new biases act on padding too, and the recurrent layers of {type(backbone.lm).__name__} "
-                "would carry that into the text; method=lora works there"
+                f"method: BitFit's biases act on padding too, and layers of {type(backbone.lm).__name__} keep other "
+                "states than keys and values, which would carry that into the text; method=lora does without biases"
             )
         modules = biased_modules(backbone, config.create_missing)
         if not modules:

@@ -19,8 +19,8 @@ def reached(lm: PreTrainedModel, names: Iterable[str]) -> list[str]:
 
     Left out are what no text runs through (an image encoder), what a layer reads instead of calling (Jamba's and
     Doge's `dt_proj`), and what only selects (DeepSeek-V3.2's indexer): tensors put there would never be trained. Seen
-    in a pass over two tokens and back to its activations; experts and layers that differ in nothing but their number
-    count together, since two tokens do not reach all experts.
+    in a pass over two tokens and back to its activations; a layer's experts count together, since two tokens do not
+    reach all of them.
 
     Args:
         lm: a frozen model; on the meta device too.
@@ -56,4 +56,4 @@ def reached(lm: PreTrainedModel, names: Iterable[str]) -> list[str]:
 
 
 def _kind(name: str) -> str:
-    return re.sub(r"\.\d+(?=\.|$)", ".*", name)
+    return re.sub(r"\bexperts\.\d+", "experts", name)

@@ -24,6 +24,12 @@ class Variant:
     method: str
     options: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def shipped(self) -> str:
+        """The method's name in configs/method."""
+        names = {"LORA": "lora", "IA3": "ia3", "LN_TUNING": "ln_tuning", "ADAPTION_PROMPT": "llama_adapter"}
+        return names[self.options["type"]] if self.method == "peft" else self.method
+
 
 VARIANTS: dict[str, Variant] = {
     "zero_shot": Variant("zero_shot"),

@@ -193,14 +193,12 @@ def _compare_off(model: AdaptedModel, name: str, items: list[Encoded]) -> None:
 
 
 def _compare_gradients(model: AdaptedModel, reference: Reference | _OnePass, items: list[Encoded]) -> None:
-    """Every trained tensor gets a gradient, and it is that of the reference's loss."""
+    """Every trained tensor gets the gradient that it has of the reference's loss; that it gets one at all is what the
+    preflight has seen to, on rows of its own: with large random weights a softmax may saturate on these."""
     if not (trained := model.trainable()):
         return
     model.train()
     model.loss(batch(items, extra_left=5, extra_right=2), "sum").backward()
-    for name, parameter in trained.items():
-        if parameter.grad is None or not float(parameter.grad.abs().sum()) > 0:
-            raise WrongNumberError(f"{name} gets no gradient")
     if hasattr(model.method, "head"):
         states = torch.stack([reference.state(item.instruction) for item in items])
         loss = label_loss(model.method.head(states), collate(items, 0))
@@ -208,7 +206,8 @@ def _compare_gradients(model: AdaptedModel, reference: Reference | _OnePass, ite
         loss = -torch.stack([_likelihood(reference, item, item.response) for item in items]).sum()
     expected = torch.autograd.grad(loss, list(trained.values()))
     for (name, parameter), gradient in zip(trained.items(), expected, strict=True):
-        assert parameter.grad is not None
+        if parameter.grad is None:
+            raise WrongNumberError(f"{name} gets no gradient")
         scale = float(gradient.abs().max())
         if float((parameter.grad - gradient).abs().max()) > 2e-3 * scale + 1e-4:
             raise WrongNumberError(

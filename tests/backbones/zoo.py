@@ -113,7 +113,13 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 1},
     "bailing_hybrid": {"kv_lora_rank": 16},
     "deepseek_v2": {"num_experts_per_tok": 2},
-    "gemma3n_text": {**_SHARED_KEYS, "laurel_rank": 4, "altup_num_inputs": 2, "activation_sparsity_pattern": [0.0] * 4},
+    "gemma3n_text": {
+        **_SHARED_KEYS,
+        "initializer_range": 0.1,
+        "laurel_rank": 4,
+        "altup_num_inputs": 2,
+        "activation_sparsity_pattern": [0.0] * 4,
+    },
     "gemma4_text": _SHARED_KEYS,
 }
 # The config is a wrapper around a text model's: the small text config goes into it.
