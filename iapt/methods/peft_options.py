@@ -66,6 +66,7 @@ _REFUSED_OF_TYPE = {
         for name in ("alpha_pattern", "init_lora_weights", "lora_bias", "use_bdlora", "use_rslora")
     },
     ("ADALORA", "target_parameters"): "peft's AdaLoRA adapts modules alone",
+    ("ADALORA", "use_dora"): "peft's AdaLoRA has no magnitudes",
     ("HIRA", "rank_pattern"): _IGNORED.format("HiRA"),
     ("OFT", "module_dropout"): "peft makes this dropout but never applies it",
 }
