@@ -191,7 +191,7 @@ def _lora_state(model: AdaptedModel, tensors: dict[str, Tensor], path: Path) -> 
     # Adapters of experts were one by one before transformers 5.
     tensors = convert_peft_adapter_state_dict_for_transformers(lm, lm.peft_config["default"], tensors)
     names = _own_names(model.method, lm)
-    state = {own: tensors[name] for name, own in names.items() if own is not None and name in tensors}
+    state = {own: tensors[name] for name, own in names.items() if name in tensors}
     for name in sorted(set(tensors) - set(names)):
         own = name.removeprefix(PREFIX)
         weight = _weight(lm, own)
@@ -205,14 +205,16 @@ def _lora_state(model: AdaptedModel, tensors: dict[str, Tensor], path: Path) -> 
     return state
 
 
-def _own_names(method: Peft, lm: PreTrainedModel) -> dict[str, str | None]:
-    """Names in peft's files -> names in the method; None: a transposed view of a tensor that is tied to it."""
-    own = {parameter.data_ptr(): (name, parameter.stride()) for name, parameter in method.trainable().items()}
-    names: dict[str, str | None] = {}
-    for name, tensor in get_peft_model_state_dict(lm, save_embedding_layers=False).items():
-        found, stride = own[tensor.data_ptr()]
-        names[PREFIX + name] = found if tensor.stride() == stride else None
-    return names
+def _own_names(method: Peft, lm: PreTrainedModel) -> dict[str, str]:
+    """Names in peft's files -> names in the method."""
+    own = {_place(parameter): name for name, parameter in method.trainable().items()}
+    saved = get_peft_model_state_dict(lm, save_embedding_layers=False)
+    return {PREFIX + name: own[_place(tensor)] for name, tensor in saved.items()}
+
+
+def _place(tensor: Tensor) -> tuple[int, torch.Size, tuple[int, ...]]:
+    """Where a tensor lies, and how: a head's LoRA that is tied to the embeddings' is the same memory, transposed."""
+    return tensor.data_ptr(), tensor.shape, tensor.stride()
 
 
 def _weight(lm: PreTrainedModel, name: str) -> Tensor | None:

@@ -11,6 +11,7 @@ import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 import iapt
 from iapt.errors import UserError
@@ -26,6 +27,7 @@ TOLERANCE = {"rtol": 1e-4, "atol": 1e-4}
 def _quiet_peft():
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=FutureWarning)  # peft asks transformers by a deprecated name
+        warnings.filterwarnings("ignore", message=".*save_embedding_layers.*")  # it saves those that it adapts
         warnings.filterwarnings("ignore", message=".*fan_in_fan_out.*")  # GPT-2's linear map: peft settles it itself
         yield
 
@@ -128,6 +130,48 @@ def test_loras_go_to_peft_and_come_back(shape: str, options: dict[str, Any], tmp
     assert set(back.trainable()) == set(model.trainable())
 
 
+_Q = {"r": 3, "target_modules": ["q_proj"]}
+WHOLE_MODULES: dict[str, dict[str, Any]] = {
+    "head": {**_Q, "modules_to_save": ["lm_head"]},
+    "embeddings": {**_Q, "modules_to_save": ["embed_tokens"]},
+    "both": {**_Q, "modules_to_save": ["embed_tokens", "lm_head"]},
+    "tied copies": {**_Q, "modules_to_save": ["embed_tokens"], "ensure_weight_tying": True},
+    "lora on embeddings": {"r": 3, "target_modules": ["q_proj", "embed_tokens"]},
+    "lora on both": {"r": 3, "target_modules": ["q_proj", "embed_tokens", "lm_head"]},
+    "tied lora": {"r": 3, "target_modules": ["q_proj", "embed_tokens"], "ensure_weight_tying": True},
+    "tied lora of rank 1": {"r": 1, "target_modules": ["q_proj", "embed_tokens"], "ensure_weight_tying": True},
+    "parameters": {**_Q, "target_parameters": ["mlp.up_proj.weight"]},
+    "tokens": {**_Q, "trainable_token_indices": [3, 5]},
+    "tokens of both": {**_Q, "trainable_token_indices": {"embed_tokens": [3, 5], "lm_head": [4]}},
+}
+
+
+def llama(tied: bool) -> Any:
+    """The llama shape, its head a matrix of its own or its embeddings."""
+    config = build_backbone("llama").lm.config
+    config.tie_word_embeddings = tied
+    torch.manual_seed(7)
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("options", WHOLE_MODULES.values(), ids=WHOLE_MODULES)
+def test_copies_embeddings_and_tokens_go_to_peft_and_come_back(options: dict[str, Any], tied: bool, tmp_path: Path):
+    model = iapt.attach(llama(tied), {**LORA, "options": options})
+    start = ours(model)
+    move(model.trainable().values())
+    iapt.export_peft(model, tmp_path / "ours")
+    exported = peft.PeftModel.from_pretrained(llama(tied), str(tmp_path / "ours"))
+    assert not same(ours(model), start)
+    assert same(ours(model), pefts(exported, 0))
+    back = iapt.import_peft(tmp_path / "ours", backbone=llama(tied))
+    assert same(ours(back), ours(model))
+    assert set(back.trainable()) == set(model.trainable())
+    # What peft writes holds more than is trained: embeddings beside a LoRA on them, say.
+    exported.save_pretrained(str(tmp_path / "theirs"))
+    assert same(ours(iapt.import_peft(tmp_path / "theirs", backbone=llama(tied))), ours(model))
+
+
 @pytest.mark.parametrize("options", OPTIONS, ids=["plain", "dora", "patterns"])
 def test_loras_come_from_peft(options: dict[str, Any], tmp_path: Path):
     made = peft.get_peft_model(build_backbone("llama").lm, peft.LoraConfig(task_type="CAUSAL_LM", **options))
@@ -219,4 +263,11 @@ def test_unconverted_pissa_is_refused(tmp_path: Path):
     )
     made.save_pretrained(str(tmp_path))
     with pytest.raises(UserError, match="init_lora_weights = 'pissa' changes the backbone's weights too"):
+        iapt.import_peft(tmp_path, backbone=build_backbone("llama").lm)
+
+
+def test_options_that_act_in_pefts_forward_pass_are_refused(tmp_path: Path):
+    config = peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], alora_invocation_tokens=[3, 4])
+    peft.get_peft_model(build_backbone("llama").lm, config).save_pretrained(str(tmp_path))
+    with pytest.raises(UserError, match=r"alora_invocation_tokens = \[3, 4\]: not supported.*PeftModel.forward"):
         iapt.import_peft(tmp_path, backbone=build_backbone("llama").lm)

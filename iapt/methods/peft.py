@@ -28,13 +28,12 @@ from iapt.methods.peft_options import (
     construct,
     filled,
     has_start,
-    inject,
-    is_linear,
     known_types,
     option_names,
     refusals,
     size_option,
 )
+from iapt.methods.peft_targets import inject, is_linear
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from iapt.errors import UserError
-from iapt.methods.peft_options import construct, inject, with_targets
+from iapt.methods.peft_options import construct
+from iapt.methods.peft_targets import inject, with_targets
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

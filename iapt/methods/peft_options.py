@@ -9,15 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from typing import TYPE_CHECKING, Any
-
-import torch
-from torch import nn
-
-from iapt.errors import UserError
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+from typing import Any
 
 # Types: what one file of settings cannot give, or what breaks the engine's promises.
 REFUSED = {
@@ -74,6 +66,7 @@ _REFUSED_OF_TYPE = {
         for name in ("alpha_pattern", "init_lora_weights", "lora_bias", "use_bdlora", "use_rslora")
     },
     ("ADALORA", "target_parameters"): "peft's AdaLoRA adapts modules alone",
+    ("ADALORA", "use_dora"): "peft's AdaLoRA has no magnitudes",
     ("HIRA", "rank_pattern"): _IGNORED.format("HiRA"),
     ("OFT", "module_dropout"): "peft makes this dropout but never applies it",
 }
@@ -85,8 +78,6 @@ _NOT_OFFERED = {
 _NOT_OFFERED_TO_ADALORA = {"r", "total_step", "rank_pattern"}  # peft ignores the first
 # Where it is not `r`; OFT's settings exclude each other, so it has none.
 _SIZES = {"ADALORA": "init_r", "ADAPTION_PROMPT": "adapter_len", "FOURIERFT": "n_frequency", "OFT": ""}
-_KEYS_VALUES = ("k_proj", "v_proj", "c_attn", "query_key_value", "qkv_proj")
-_FEEDFORWARD = ("down_proj", "fc2", "mlp.c_proj", "dense_4h_to_h", "w2")
 _UNSCHEDULED = 10**9  # peft wants AdaLoRA's number of steps at once; it is known when training starts
 
 
@@ -141,38 +132,10 @@ def filled(kind: str, options: dict[str, Any]) -> dict[str, Any]:
     return options
 
 
-def with_targets(kind: str, options: dict[str, Any], lm: PreTrainedModel) -> dict[str, Any]:
-    """The filled options with the modules to adapt by full names: peft has defaults for some architectures only."""
-    options, head = filled(kind, options), lm.get_output_embeddings()
-    if kind == "ADAPTION_PROMPT":
-        options.setdefault("adapter_layers", lm.config.num_hidden_layers)
-        return options
-    if kind == "TRAINABLE_TOKENS":  # of the input embeddings, which peft finds
-        return options
-    linears = [name for name, m in lm.named_modules() if is_linear(m) and m is not head]
-    if kind == "LN_TUNING":
-        norms = [name for name, m in lm.named_modules() if "norm" in type(m).__name__.lower()]
-        options.setdefault("target_modules", norms)
-    elif kind == "IA3":
-        asked = options.setdefault("target_modules", [n for n in linears if n.endswith(_KEYS_VALUES + _FEEDFORWARD)])
-        if not isinstance(asked, str):
-            options.setdefault("feedforward_modules", [n for n in asked if n.endswith(_FEEDFORWARD)])
-    elif "target_modules" in option_names(kind) and options.get("target_modules", "all-linear") == "all-linear":
-        options["target_modules"] = linears
-    return options
-
-
 def has_start(options: dict[str, Any]) -> bool:
     """Whether the adapter starts as a part of W, which peft then takes out of W."""
     init = options.get("init_lora_weights")
     return isinstance(init, str) and (init == "olora" or init.startswith("pissa"))
-
-
-def is_linear(module: nn.Module) -> bool:
-    """A linear map, GPT-2's kind included."""
-    from transformers.pytorch_utils import Conv1D
-
-    return isinstance(module, nn.Linear | Conv1D)
 
 
 def construct(kind: str, options: dict[str, Any]) -> Any:
@@ -184,23 +147,3 @@ def construct(kind: str, options: dict[str, Any]) -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(kind)](**options, **scheduled, task_type="CAUSAL_LM")
-
-
-def inject(kind: str, options: dict[str, Any], lm: PreTrainedModel) -> Any:
-    """Put peft's layers into `lm`; returns peft's object that switches and schedules them.
-
-    Raises:
-        UserError: with peft's reason why it cannot, which may be of any type and say little.
-    """
-    from peft import get_peft_model
-
-    try:
-        with warnings.catch_warnings():
-            # peft 0.21 asks transformers by a deprecated name, and Conv1D's orientation it settles by itself.
-            warnings.simplefilter("ignore")
-            return get_peft_model(lm, construct(kind, with_targets(kind, options, lm))).base_model
-    except (MemoryError, torch.OutOfMemoryError):
-        raise
-    except Exception as error:
-        said = " ".join(str(error).split()) if isinstance(error, ImportError | TypeError | ValueError) else repr(error)
-        raise UserError(f"method.options = {options} with method.type = {kind}: {said}") from error

@@ -1,0 +1,127 @@
+"""Which modules of a backbone peft's types adapt, where peft has no default of its own or one that breaks."""
+
+from __future__ import annotations
+
+import warnings
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from iapt.architecture import text_config
+from iapt.errors import UserError
+from iapt.methods.peft_options import construct, filled, option_names
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_KEYS_VALUES = ("k_proj", "v_proj", "c_attn", "query_key_value", "qkv_proj")
+_FEEDFORWARD = ("down_proj", "fc2", "mlp.c_proj", "dense_4h_to_h", "w2")
+# Classes of linear maps whose forward pass is not that of one: it answers with several tensors, or map by map.
+_OTHER_FORWARD = ("Router", "GroupedLinear")
+
+
+def with_targets(kind: str, options: dict[str, Any], lm: PreTrainedModel) -> dict[str, Any]:
+    """The filled options with the modules to adapt by full names: peft has defaults for some architectures only.
+
+    Raises:
+        UserError: if there is nothing to adapt by default.
+    """
+    options, text = filled(kind, options), _text_modules(lm)
+    if kind == "ADAPTION_PROMPT":
+        _check_adaption_prompt(lm)
+        options.setdefault("adapter_layers", text_config(lm).num_hidden_layers)
+        return options
+    if kind == "TRAINABLE_TOKENS":  # of the input embeddings, which peft finds
+        return options
+    asked = options.get("target_modules")
+    if isinstance(asked, list | tuple | set) and text_config(lm) is not lm.config:
+        # Short names mean the text model's modules; those of other models inside get no gradient from a text.
+        asked = [name for name in text if name in asked or name.endswith(tuple(f".{end}" for end in asked))]
+        options["target_modules"] = asked or options["target_modules"]  # which peft refuses by name
+    linears = [name for name, m in text.items() if _takes_an_adapter(name, m) and m is not lm.get_output_embeddings()]
+    if kind == "LN_TUNING":
+        if "target_modules" not in options:
+            options["target_modules"] = [name for name, m in text.items() if _is_norm(name, m)]
+            if not options["target_modules"]:
+                raise UserError(
+                    f"method.type = LN_TUNING: the norms of {type(lm).__name__} have no weights to train; LORA and IA3 "
+                    "adapt its linear maps"
+                )
+    elif kind == "IA3":
+        asked = options.setdefault("target_modules", [n for n in linears if n.endswith(_KEYS_VALUES + _FEEDFORWARD)])
+        if not asked:
+            raise UserError(
+                f"method.options.target_modules = null: found no keys, values or feed-forward of {type(lm).__name__} "
+                "under a name that is known; give the names of its linear maps, method.options.feedforward_modules too"
+            )
+        if not isinstance(asked, str):
+            options.setdefault("feedforward_modules", [n for n in asked if n.endswith(_FEEDFORWARD)])
+    elif "target_modules" in option_names(kind) and options.get("target_modules", "all-linear") == "all-linear":
+        options["target_modules"] = linears
+    return options
+
+
+def _text_modules(lm: PreTrainedModel) -> dict[str, nn.Module]:
+    """The modules by name; those of the language model and its head alone where it is one of several inside."""
+    modules = dict(lm.named_modules())
+    decoder = lm.get_decoder()
+    if text_config(lm) is lm.config or decoder is lm:
+        return modules
+    inside = {id(m) for m in (*decoder.modules(), lm.get_output_embeddings())}
+    return {name: m for name, m in modules.items() if id(m) in inside}
+
+
+def is_linear(module: nn.Module) -> bool:
+    """A linear map, GPT-2's kind included."""
+    from transformers.pytorch_utils import Conv1D
+
+    return isinstance(module, nn.Linear | Conv1D)
+
+
+def _takes_an_adapter(name: str, module: nn.Module) -> bool:
+    """Whether what is added to a linear map's output is computed, and gets a gradient."""
+    # A Mamba mixer reads the weight of its dt_proj and never calls the module.
+    called = not name.endswith("dt_proj") and not type(module).__name__.endswith(_OTHER_FORWARD)
+    return is_linear(module) and called and not _only_selects(name)
+
+
+def _is_norm(name: str, module: nn.Module) -> bool:
+    has_weight = isinstance(getattr(module, "weight", None), nn.Parameter)
+    return "norm" in type(module).__name__.lower() and has_weight and not _only_selects(name)
+
+
+def _only_selects(name: str) -> bool:
+    """Modules of sparse attention's indexer: all they do is choose the keys to look at, which has no gradient."""
+    return ".indexer." in name
+
+
+def _check_adaption_prompt(lm: PreTrainedModel) -> None:
+    from peft.tuners.adaption_prompt.config import TRANSFORMERS_MODEL_CONFIG
+
+    if lm.config.model_type not in TRANSFORMERS_MODEL_CONFIG:
+        raise UserError(
+            f"method.type = ADAPTION_PROMPT: peft has it for {', '.join(sorted(TRANSFORMERS_MODEL_CONFIG))} alone, not "
+            f"for {lm.config.model_type!r}; LORA and IA3 adapt it, and method=prefix_tuning is its relative"
+        )
+
+
+def inject(kind: str, options: dict[str, Any], lm: PreTrainedModel) -> Any:
+    """Put peft's layers into `lm`; returns peft's object that switches and schedules them.
+
+    Raises:
+        UserError: with peft's reason why it cannot, which may be of any type and say little.
+    """
+    from peft import get_peft_model
+
+    complete = with_targets(kind, options, lm)
+    try:
+        with warnings.catch_warnings():
+            # peft 0.21 asks transformers by a deprecated name, and Conv1D's orientation it settles by itself.
+            warnings.simplefilter("ignore")
+            return get_peft_model(lm, construct(kind, complete)).base_model
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        said = " ".join(str(error).split()) if isinstance(error, ImportError | TypeError | ValueError) else repr(error)
+        raise UserError(f"method.options = {options} with method.type = {kind}: {said}") from error

@@ -1,0 +1,235 @@
+"""A value other than peft's default for every option of every type of peft's, with what it needs beside it.
+
+An option is looked up as (type, option) and then as the option alone. Refused options have values here too.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+Key = str | tuple[str, str]
+
+# What a type is given to fit a model of width 32 (values 16, feed-forward 48), beside `target_modules`.
+BASES: dict[str, dict[str, Any]] = {
+    "ADALORA": {"init_r": 4, "target_r": 2, "tinit": 1, "tfinal": 2},
+    "ADAMSS": {"r": 8, "num_subspaces": 2},
+    "ADAPTION_PROMPT": {"adapter_len": 4, "adapter_layers": 2},
+    "C3A": {"block_size": 8},
+    "FOURIERFT": {"n_frequency": 10},
+    "GRALORA": {"r": 4},
+    "IA3": {"target_modules": ["v_proj", "down_proj"], "feedforward_modules": ["down_proj"]},
+    "LN_TUNING": {"target_modules": ["input_layernorm"]},
+    "MISS": {"r": 4},
+    "OFT": {"oft_block_size": 8},
+    "PSOFT": {"r": 8},
+    "RANDLORA": {"r": 4},
+    "ROAD": {"group_size": 8},
+    "SHIRA": {"r": 4},
+    "SUPERTUNING": {"sparsity": 0.9},
+    "TRAINABLE_TOKENS": {"token_indices": [3, 5]},
+    "VBLORA": {"vector_length": 8, "num_vectors": 12},
+    "WAVEFT": {"n_frequency": 10},
+}
+TARGETS = ["q_proj", "v_proj"]
+
+# Set with and without the option, so that the option alone makes the difference.
+COMPANIONS: dict[Key, dict[str, Any]] = {
+    "layers_pattern": {"layers_to_transform": [1]},
+    "ensure_weight_tying": {"modules_to_save": ["embed_tokens"]},
+    "rank_dropout_scale": {"rank_dropout": 0.5},
+    "decompose_both": {"r": 1},
+    "mini_r": {"init_weights": "mini"},
+    "svd_threshold": {"use_dynamic_rank": True, "subspace_rank": 4},
+    "init_v_bound": {"init_weights": "uniform"},
+    ("DEFT", "init_scale"): {"init_weights": False},
+    ("OFT", "eps"): {"coft": True},
+    ("PSOFT", "cayley_neumann_eps"): {"use_cayley_neumann": True},
+    ("PSOFT", "num_cayley_neumann_terms"): {"use_cayley_neumann": True},
+    ("PSOFT", "psoft_svd_lowrank_niter"): {"psoft_svd": "lowrank"},
+    ("PSOFT", "random_seed"): {"psoft_svd": "lowrank", "psoft_svd_lowrank_niter": 0},
+    ("SUPERTUNING", "lora_alpha"): {"r": 2},
+    ("SUPERTUNING", "lora_dropout"): {"r": 2},
+}
+# Set with the option alone: peft refuses the two together.
+INSTEAD: dict[Key, dict[str, Any]] = {
+    ("BOFT", "boft_block_num"): {"boft_block_size": 0},
+    ("OFT", "r"): {"oft_block_size": 0},
+}
+TIED = {"ensure_weight_tying"}  # tried on a model whose head is its embeddings
+
+SAMPLES: dict[Key, Any] = {
+    # -- which modules -------------------------------------------------------------------------------------------
+    "target_modules": ["k_proj"],
+    ("IA3", "target_modules"): ["down_proj"],
+    ("LN_TUNING", "target_modules"): ["post_attention_layernorm"],
+    ("TRAINABLE_TOKENS", "target_modules"): ["lm_head"],
+    ("ADAPTION_PROMPT", "target_modules"): "self_attn",
+    "exclude_modules": ["v_proj"],
+    ("LN_TUNING", "exclude_modules"): ["layers.1.input_layernorm"],
+    "feedforward_modules": [],
+    "layers_to_transform": [1],
+    "layers_pattern": "layers",
+    "modules_to_save": ["lm_head"],
+    "target_parameters": ["mlp.up_proj.weight"],
+    "trainable_token_indices": [3, 5],
+    "token_indices": [4],
+    "ensure_weight_tying": True,
+    "adapter_layers": 1,
+    "fan_in_fan_out": True,
+    # -- sizes ---------------------------------------------------------------------------------------------------
+    "r": 2,
+    ("TINYLORA", "r"): 3,
+    "init_r": 3,
+    "target_r": 1,
+    "adapter_len": 3,
+    "rank_pattern": {"q_proj": 3},
+    "n_frequency": 7,
+    "n_frequency_pattern": {"q_proj": 5},
+    "num_subspaces": 3,
+    "subspace_rank": 2,
+    "boft_block_num": 2,
+    "boft_block_size": 8,
+    "block_size": 4,
+    "block_size_pattern": {"q_proj": 4},
+    "group_size": 4,
+    "oft_block_size": 4,
+    "vector_length": 4,
+    "num_vectors": 9,
+    "theta_d_length": 32,
+    "depth": 1,
+    "u": 3,
+    "sparsity": 0.5,
+    "effective_rank": 5,
+    "gralora_k": 4,
+    "hybrid_r": 2,
+    "mini_r": 2,
+    "decompose_factor": 2,
+    "topk": 3,
+    # -- functions -----------------------------------------------------------------------------------------------
+    "use_dora": True,
+    "use_rslora": True,
+    "lora_bias": True,
+    "use_bdlora": {"target_modules_bd_a": ["q_proj"], "target_modules_bd_b": ["v_proj"], "nblocks": 2},
+    "lora_alpha": 20,
+    "alpha": 5,
+    "alpha_pattern": {"q_proj": 3},
+    "scaling": 3.0,
+    "delora_lambda": 5,
+    "lambda_pattern": {"q_proj": 4.0},
+    "randlora_alpha": 5,
+    "regularization_alpha": 0.1,
+    "act_fn": "tanh",
+    "variant": "road_4",
+    "decompose_both": True,
+    "decomposition_method": "qr",
+    "para": True,
+    "apply_GS": True,
+    "block_share": True,
+    "coft": True,
+    "eps": 1e-3,
+    "use_cayley_neumann": False,
+    ("PSOFT", "use_cayley_neumann"): True,
+    "num_cayley_neumann_terms": 2,
+    "cayley_neumann_eps": 0.01,
+    "psoft_mag_a": False,
+    "psoft_mag_b": False,
+    "psoft_orth": False,
+    "psoft_svd": "lowrank",
+    "psoft_svd_lowrank_niter": 1,
+    "ab_svd_init": "pissa_init",
+    "config_A_B": "vector",
+    "config_C": "vector",
+    "config_D_E": "vector",
+    "proportional_parameters": True,
+    "use_idwt": False,
+    "wavelet_family": "db2",
+    "sparse": True,
+    "very_sparse": True,
+    "sparse_rate": 0.3,
+    "select_top": False,
+    "weight_tying": 1.0,
+    "svd_threshold": 0.9,
+    "use_dynamic_rank": True,
+    # -- starts --------------------------------------------------------------------------------------------------
+    "init_lora_weights": "gaussian",
+    "init_ia3_weights": False,
+    "init_weights": False,
+    ("C3A", "init_weights"): "gaussian",
+    ("FOURIERFT", "init_weights"): True,
+    "mask_type": "random",
+    "init_scale": 0.5,
+    "init_logits_std": 0.3,
+    "init_vector_bank_bound": 0.1,
+    "init_theta_d_bound": 0.1,
+    "init_v_bound": 0.1,
+    "d_initial": 0.3,
+    "projection_prng_key": 3,
+    "projection_seed": 3,
+    "proj_seed": 3,
+    "random_seed": 3,
+    "random_loc_seed": 3,
+    "generator_seed": 3,
+    # -- training ------------------------------------------------------------------------------------------------
+    **dict.fromkeys(
+        (
+            *("lora_dropout", "boft_dropout", "deft_dropout", "module_dropout", "frod_dropout", "gralora_dropout"),
+            *("hira_dropout", "rank_dropout", "miss_dropout", "psoft_dropout", "pvera_dropout", "randlora_dropout"),
+            *("tinylora_dropout", "unilora_dropout", "vblora_dropout", "vera_dropout"),
+        ),
+        0.5,
+    ),
+    "rank_dropout_scale": True,
+    "orth_reg_weight": 0.1,
+    "beta1": 0.3,
+    "beta2": 0.3,
+    "deltaT": 2,
+    "tinit": 2,
+    "tfinal": 3,
+    # -- files ---------------------------------------------------------------------------------------------------
+    "save_projection": False,
+    "save_indices": True,
+    "save_only_topk_weights": True,
+    "save_precomputed_indices": False,
+    "progressbar": False,
+    # -- refused -------------------------------------------------------------------------------------------------
+    "alora_invocation_tokens": [3],
+    "bias": "all",
+    "layer_replication": [[0, 2], [1, 2]],
+    "use_qalora": True,
+    "qalora_group_size": 8,
+    "use_effective_conv2d": True,
+    "sample_at_inference": True,
+    "use_asa": True,
+    "runtime_offload_base_weight": True,
+    "megatron_core": "megatron",
+    "boft_n_butterfly_factor": 2,
+    "psoft_alpha": 5,
+    **dict.fromkeys(
+        (
+            *("asa_importance_beta", "asa_schedule_exponent", "asa_target_subspaces", "asa_uncertainty_beta"),
+            *("final_warmup", "init_warmup", "mask_interval"),
+        ),
+        7,
+    ),
+    **{
+        name: {"any": 1}
+        for name in (
+            *("arrow_config", "corda_config", "eva_config", "kasa_config", "loftq_config", "lora_ga_config"),
+            *("megatron_config", "monteclora_config", "runtime_config", "target_svd_config", "velora_config"),
+        )
+    },
+}
+_FILES = "it is about peft's own files; ours hold what is trained, and the rest is drawn again from its seed"
+
+# Options that change nothing on this model, and why they may.
+BOOKKEEPING: dict[Key, str] = {
+    "layers_pattern": "peft finds the one list of layers by itself",
+    "fan_in_fan_out": "peft sees by itself which way round a weight stands",
+    ("ADAPTION_PROMPT", "target_modules"): "the attention, which is peft's default, is all it can adapt",
+    ("SHIRA", "mask_type"): "random is all that a file of settings can name",
+    "progressbar": "it is shown, not computed",
+    "save_projection": _FILES,
+    "save_indices": _FILES,
+    "save_only_topk_weights": _FILES,
+    "save_precomputed_indices": _FILES,
+}
