@@ -11,7 +11,7 @@ from torch import nn
 
 from iapt.errors import UserError
 from iapt.methods.peft_options import construct
-from iapt.methods.peft_targets import inject, with_targets
+from iapt.methods.peft_targets import inject, is_linear, with_targets
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -62,7 +62,11 @@ _PER_MODULE: dict[str, Callable[[int, int, bool, Any], int]] = {
 
 
 def closed_form(kind: str, options: dict[str, Any], lm: PreTrainedModel) -> int | None:
-    """The number of trained parameters from the shapes of a bare model; None where no formula is known."""
+    """The number of trained parameters from the shapes of a bare model; None where no formula is known.
+
+    Raises:
+        UserError: if nothing in the model has the names to adapt.
+    """
     from peft.tuners.adaption_prompt.config import TRANSFORMERS_MODEL_CONFIG
     from peft.tuners.tuners_utils import check_target_module_exists
 
@@ -77,15 +81,20 @@ def closed_form(kind: str, options: dict[str, Any], lm: PreTrainedModel) -> int 
     if config is None:
         return None
     adapted = [(name, m) for name, m in lm.named_modules() if check_target_module_exists(config, name)]
-    if kind == "LN_TUNING":
-        return sum(p.numel() for _, m in adapted for p in m.parameters())
-    if kind not in _PER_MODULE:
+    parameters = _of_parameters(config, lm)
+    if kind not in (*_PER_MODULE, "LN_TUNING"):
         return None
+    if not adapted and not parameters:
+        raise UserError(f"method.options = {options} with method.type = {kind}: adapts nothing in {type(lm).__name__}")
+    if kind == "LN_TUNING":
+        return sum(p.numel() for _, m in adapted for p in m.parameters()) or None
+    if not all(is_linear(m) or isinstance(m, nn.Embedding) for _, m in adapted):
+        return None  # which peft refuses
     if getattr(config, "target_parameters", None) and (config.use_dora or config.lora_dropout):
         return None  # which peft refuses
     feedforward = tuple(complete.get("feedforward_modules", ()))
     modules = sum(_PER_MODULE[kind](*_shape(m), name.endswith(feedforward), config) for name, m in adapted)
-    return modules + _of_parameters(config, lm)
+    return modules + parameters
 
 
 def _as_injected(kind: str, options: dict[str, Any], lm: PreTrainedModel) -> Any:

@@ -7,6 +7,7 @@ name. tests/methods/test_peft_options.py walks every option of every type and ho
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import warnings
 from typing import Any
@@ -146,4 +147,6 @@ def construct(kind: str, options: dict[str, Any]) -> Any:
     scheduled = {"total_step": _UNSCHEDULED} if kind == "ADALORA" else {}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(kind)](**options, **scheduled, task_type="CAUSAL_LM")
+        # Copies, since peft writes into patterns that it is given.
+        given = copy.deepcopy(options)
+        return PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(kind)](**given, **scheduled, task_type="CAUSAL_LM")
