@@ -152,8 +152,8 @@ class LayerHooks:
         if hidden.dim() != 3:
             raise UserError(
                 f"method: {type(self._method).__name__} reads or writes hidden states (rows, tokens, width), and "
-                f"{type(layer).__name__} is handed several streams of them, {tuple(hidden.shape)}; weight-space methods "
-                "(method=lora) can do without"
+                f"{type(layer).__name__} is handed several streams of them, {tuple(hidden.shape)}; weight-space "
+                "methods (method=lora) can do without"
             )
         if plan.record is not None:
             plan.record.append(hidden)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,14 +12,13 @@ from torch import nn
 from iapt.architecture import text_config
 from iapt.errors import UserError
 from iapt.methods.peft_options import construct, filled, option_names
+from iapt.methods.reach import reached
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _KEYS_VALUES = ("k_proj", "v_proj", "c_attn", "query_key_value", "qkv_proj")
 _FEEDFORWARD = ("down_proj", "fc2", "mlp.c_proj", "dense_4h_to_h", "w2")
-# Classes of linear maps whose forward pass is not that of one: it answers with several tensors, or map by map.
-_OTHER_FORWARD = ("Router", "GroupedLinear")
 
 
 def with_targets(kind: str, options: dict[str, Any], lm: PreTrainedModel) -> dict[str, Any]:
@@ -39,17 +39,23 @@ def with_targets(kind: str, options: dict[str, Any], lm: PreTrainedModel) -> dic
         # Short names mean the text model's modules; those of other models inside get no gradient from a text.
         asked = [name for name in text if name in asked or name.endswith(tuple(f".{end}" for end in asked))]
         options["target_modules"] = asked or options["target_modules"]  # which peft refuses by name
-    linears = [name for name, m in text.items() if _takes_an_adapter(name, m) and m is not lm.get_output_embeddings()]
+
+    def trained(those: Callable[[nn.Module], bool]) -> list[str]:
+        return reached(lm, [n for n, m in text.items() if those(m) and m is not lm.get_output_embeddings()])
+
     if kind == "LN_TUNING":
         if "target_modules" not in options:
-            options["target_modules"] = [name for name, m in text.items() if _is_norm(name, m)]
+            options["target_modules"] = trained(_is_norm)
             if not options["target_modules"]:
                 raise UserError(
                     f"method.type = LN_TUNING: the norms of {type(lm).__name__} have no weights to train; LORA and IA3 "
                     "adapt its linear maps"
                 )
     elif kind == "IA3":
-        asked = options.setdefault("target_modules", [n for n in linears if n.endswith(_KEYS_VALUES + _FEEDFORWARD)])
+        asked = options.get("target_modules")
+        if asked is None:
+            asked = [n for n in trained(is_linear) if n.endswith(_KEYS_VALUES + _FEEDFORWARD)]
+            options["target_modules"] = asked
         if not asked:
             raise UserError(
                 f"method.options.target_modules = null: found no keys, values or feed-forward of {type(lm).__name__} "
@@ -58,7 +64,7 @@ def with_targets(kind: str, options: dict[str, Any], lm: PreTrainedModel) -> dic
         if not isinstance(asked, str):
             options.setdefault("feedforward_modules", [n for n in asked if n.endswith(_FEEDFORWARD)])
     elif "target_modules" in option_names(kind) and options.get("target_modules", "all-linear") == "all-linear":
-        options["target_modules"] = linears
+        options["target_modules"] = trained(is_linear)
     return options
 
 
@@ -79,21 +85,8 @@ def is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear | Conv1D)
 
 
-def _takes_an_adapter(name: str, module: nn.Module) -> bool:
-    """Whether what is added to a linear map's output is computed, and gets a gradient."""
-    # A Mamba mixer reads the weight of its dt_proj and never calls the module.
-    called = not name.endswith("dt_proj") and not type(module).__name__.endswith(_OTHER_FORWARD)
-    return is_linear(module) and called and not _only_selects(name)
-
-
-def _is_norm(name: str, module: nn.Module) -> bool:
-    has_weight = isinstance(getattr(module, "weight", None), nn.Parameter)
-    return "norm" in type(module).__name__.lower() and has_weight and not _only_selects(name)
-
-
-def _only_selects(name: str) -> bool:
-    """Modules of sparse attention's indexer: all they do is choose the keys to look at, which has no gradient."""
-    return ".indexer." in name
+def _is_norm(module: nn.Module) -> bool:
+    return "norm" in type(module).__name__.lower() and isinstance(getattr(module, "weight", None), nn.Parameter)
 
 
 def _check_adaption_prompt(lm: PreTrainedModel) -> None:

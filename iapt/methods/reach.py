@@ -43,6 +43,8 @@ def reached(lm: PreTrainedModel, names: Iterable[str]) -> list[str]:
             cache = {arguments_of(lm).cache: DynamicCache(config=lm.config)}
             loss = lm(inputs_embeds=embeds, **cache).logits.float().sum()
             kinds = [(kind, output) for kind, found in outputs.items() for output in found]
+            if not kinds:
+                return []
             gradients = torch.autograd.grad(loss, [output for _, output in kinds], allow_unused=True)
     except (RuntimeError, NotImplementedError):
         if lm.device.type != "meta":

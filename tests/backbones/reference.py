@@ -101,7 +101,8 @@ class Reference:
         return seen[-1][0, -1]
 
     def _decoder(self) -> nn.Module:
-        return self.lm.base_model if self.lm.base_model is not self.lm else self.lm.get_decoder()
+        lm = self.lm
+        return next(m for m in (lm.base_model, lm.get_decoder(), getattr(lm, "model", None)) if m is not lm)
 
     def _run(self, ids: Tensor, n: int) -> tuple[Tensor, Any]:
         method = self.method
