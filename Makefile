@@ -6,12 +6,13 @@
 # make test-oldest, make test-newest   the contract on both ends of pyproject.toml's ranges; -fast: a part of it
 # make test-machines   what is sensitive to the last bit, as other processors would compute it
 # make contract   runs the contract tests and writes their table into docs/contract.md and the README
+# make backbones  verifies methods on every causal LM of transformers; writes iapt/verified.json, docs/backbones.md
 # make mutants    breaks the engine on purpose, in a copy; every break must fail a contract test
 # Everything lives in .venv (.venv-oldest, .venv-newest, .venv-lock); the stamp files in them make a second call quick.
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check lock test-oldest test-oldest-fast test-newest test-newest-fast test-machines contract mutants clean
+.PHONY: demo test check lock test-oldest test-oldest-fast test-newest test-newest-fast test-machines contract backbones mutants clean
 
 demo: .venv/installed
 	$(BIN)/iapt-train
@@ -30,6 +31,9 @@ check: .venv/installed-test
 contract: .venv/installed-test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 2 -p tests.contracts.table \
 	  tests/contracts --deselect tests/contracts/test_table.py --contract-table docs/contract.md
+
+backbones: .venv/installed-test
+	OMP_NUM_THREADS=1 $(BIN)/python -m scripts.verify_backbones
 
 mutants: .venv/installed-test
 	OMP_NUM_THREADS=1 $(BIN)/python scripts/mutants.py
