@@ -23,12 +23,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from iapt.errors import UserError
-from iapt.library import attach
-from iapt.methods import Method, SoftPrompt
-from iapt.methods.peft import Peft, PeftConfig
-from iapt.model import AdaptedModel
-from iapt.restore import put_back
+from iapt.api import attach
+from iapt.config.errors import UserError
+from iapt.methods.peft.method import Peft, PeftConfig
+from iapt.model.adapted import AdaptedModel
+from iapt.model.method import Method, SoftPrompt
+from iapt.runs.restore import put_back
 
 PREFIX = "base_model.model."  # what peft puts before the names of an LM's modules
 EXPORTED = (

@@ -35,9 +35,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 import iapt
-from iapt.batch import Batch, Encoded, collate
-from iapt.mixed import RowMixture
-from iapt.model import AdaptedModel
+from iapt.data.batch import Batch, Encoded, collate
+from iapt.model.adapted import AdaptedModel
+from iapt.model.mixture import RowMixture
 
 SHAPES: dict[str, dict[str, int]] = {
     "llama_43m": {

@@ -19,10 +19,10 @@ from typing import Any
 
 from hydra import compose, initialize_config_dir
 
-from iapt.check import load_config
-from iapt.checkpoint import read_summary
-from iapt.experiment import run
-from iapt.paths import CONFIG_DIR
+from iapt.config.paths import CONFIG_DIR
+from iapt.methods.settings import load_config
+from iapt.model.checkpoint import read_summary
+from iapt.runs.experiment import run
 
 # What all rows share but for their own switch. The rate is not the default: at 1e-6 the activations hardly move in so
 # few steps, and their training modes could not differ.

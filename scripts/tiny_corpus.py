@@ -1,4 +1,4 @@
-"""The corpus the tiny backbone is pretrained on: many instructed tasks over the texts of `iapt.tasks.toy`.
+"""The corpus the tiny backbone is pretrained on: many instructed tasks over the texts of `iapt.data.toy`.
 
 What: a document is a string whose answers stand in square brackets, which the trainer takes out:
 
@@ -25,7 +25,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # `iapt`, from any checkout
-from iapt.tasks import toy
+from iapt.data import toy
 
 # A question: its wordings, and its answers when the line is false and when it is true.
 TRUE = [

@@ -11,8 +11,8 @@ import torch
 from absl import logging
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from iapt.backbone import Backbone
 from iapt.cli import eval as eval_command
+from iapt.model.backbone import Backbone
 
 # absl, which rouge-score brings, logs to the stderr it finds at its first import, and closes it when Hydra configures
 # logging unless it is the process's own. Under pytest it would be the capture's file.

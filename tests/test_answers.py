@@ -6,7 +6,7 @@ from decimal import Decimal
 
 import pytest
 
-from iapt.answers import exact_match, final_choice, final_number, normalize_answer, word_f1
+from iapt.metrics.answers import exact_match, final_choice, final_number, normalize_answer, word_f1
 
 
 @pytest.mark.parametrize(

@@ -11,13 +11,14 @@ from typing import Any
 import pytest
 from transformers import GenerationConfig
 
-from iapt import experiment
-from iapt.backbone import TINY_DIR, build_backbone
-from iapt.config import BackboneConfig, TaskConfig
-from iapt.errors import UserError
-from iapt.judge import Question
-from iapt.model import AdaptedModel
-from iapt.mtbench_answers import Answerer, Layout
+from iapt.benchmarks.judge import Question
+from iapt.benchmarks.mtbench_answers import Answerer, Layout
+from iapt.config.errors import UserError
+from iapt.config.schema import BackboneConfig
+from iapt.config.task import TaskConfig
+from iapt.model.adapted import AdaptedModel
+from iapt.model.backbone import TINY_DIR, build_backbone
+from iapt.runs import experiment
 from tests.test_experiment import config
 
 STEPS = 40  # after which the texts are right
@@ -105,7 +106,7 @@ def test_the_benchmarks_decode_by_their_own_settings():
             Answerer(model, Layout(task, None, "\n"), 12, seed=1)(questions, temperature) for temperature in (0.0, 0.7)
         ]
         try:
-            from iapt.harness_model import AdaptedLM
+            from iapt.benchmarks.harness_model import AdaptedLM
         except ImportError:
             return found
         options = {"until": ["\n"], "max_gen_toks": 12, "do_sample": False}

@@ -15,12 +15,12 @@ import yaml
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from iapt.batch import Batch, Encoded, collate, encode_examples, evaluation_batches, training_batches
-from iapt.check import load_config
-from iapt.config import TaskConfig
-from iapt.errors import UserError
-from iapt.paths import CONFIG_DIR
-from iapt.tasks import Example, build_task
+from iapt.config.errors import UserError
+from iapt.config.paths import CONFIG_DIR
+from iapt.config.task import TaskConfig
+from iapt.data.batch import Batch, Encoded, collate, encode_examples, evaluation_batches, training_batches
+from iapt.data.task import Example, build_task
+from iapt.methods.settings import load_config
 
 SHARED = Path(__file__).parents[2] / "shared"
 DATA = Path(os.environ.get("IAPT_TEST_DATA", SHARED / "data"))

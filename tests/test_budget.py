@@ -10,13 +10,14 @@ import pytest
 import yaml
 from omegaconf import OmegaConf
 
-from iapt.backbone import Backbone
-from iapt.budget import fit_to_budget, parse_budget
-from iapt.check import load_config
-from iapt.config import Config
-from iapt.errors import ConfigError, UserError
-from iapt.methods import METHODS, MethodConfig, MethodSpec, SizeKnob, register, spec_of
-from iapt.paths import CONFIG_DIR
+from iapt.config.errors import ConfigError, UserError
+from iapt.config.method import MethodConfig, SizeKnob
+from iapt.config.paths import CONFIG_DIR
+from iapt.config.schema import Config
+from iapt.methods.budget import fit_to_budget, parse_budget
+from iapt.methods.registry import METHODS, MethodSpec, register, spec_of
+from iapt.methods.settings import load_config
+from iapt.model.backbone import Backbone
 from tests.contracts.conftest import build_backbone
 
 TASK = {"name": "any", "template": "{text}", "label_column": "label", "label_words": ["no", "yes"]}

@@ -2,7 +2,7 @@ import math
 
 import pytest
 
-from iapt.calibration import expected_calibration_error
+from iapt.evaluation.calibration import expected_calibration_error
 
 
 def row(*probabilities: float) -> list[float]:

@@ -12,9 +12,9 @@ import pytest
 from hydra.experimental.callback import Callback
 
 from iapt.cli import callbacks, eval, train
-from iapt.config import Config
-from iapt.errors import TrainingError, UserError
-from iapt.paths import CONFIG_DIR
+from iapt.config.errors import TrainingError, UserError
+from iapt.config.paths import CONFIG_DIR
+from iapt.config.schema import Config
 from tests.test_launch import contents
 from tests.test_launch import stub as stub
 
@@ -53,7 +53,7 @@ def runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Runs:
     calls = Runs()
 
     def in_child(config: Config, folder: Path) -> dict[str, Any]:
-        from iapt.launch import record_failure, to_dict
+        from iapt.runs.launch import record_failure, to_dict
 
         try:
             return calls.run(config, folder)
@@ -61,8 +61,8 @@ def runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Runs:
             record_failure(folder, error, to_dict(config))
             raise
 
-    monkeypatch.setattr("iapt.experiment.run", calls.run)
-    monkeypatch.setattr("iapt.launch._run_in_child", in_child)
+    monkeypatch.setattr("iapt.runs.experiment.run", calls.run)
+    monkeypatch.setattr("iapt.runs.launch._run_in_child", in_child)
     monkeypatch.setattr(callbacks, "exit_code", 0)
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
@@ -274,7 +274,7 @@ def test_eval_lays_what_is_given_over_the_checkpoint(
         calls.append(args)
         return {"task": "t", "method": "iapt", "metric": "accuracy", "test": 0.5, "status": "ok"}
 
-    monkeypatch.setattr("iapt.experiment.evaluate", evaluate)
+    monkeypatch.setattr("iapt.runs.experiment.evaluate", evaluate)
     code, out, err = command("checkpoint=run", "hydra.run.dir=here", main=eval.main)
     assert (code, err) == (0, "")
     assert "50.0" in out

@@ -3,9 +3,9 @@
 import pytest
 from omegaconf import OmegaConf
 
-from iapt.check import load_config, unknown_keys
-from iapt.config import Config, to_dict
-from iapt.errors import ConfigError
+from iapt.config.errors import ConfigError
+from iapt.config.schema import Config, to_dict
+from iapt.methods.settings import load_config, unknown_keys
 
 GOOD = {"task": {"name": "t", "template": "{x}"}, "method": {"name": "iapt"}}
 

@@ -14,12 +14,12 @@ from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from iapt.backbone import TINY_DIR, build_backbone
-from iapt.check import load_config
-from iapt.config import Config
-from iapt.methods import METHODS, spec_of
-from iapt.paths import CONFIG_DIR
-from iapt.tasks import build_task
+from iapt.config.paths import CONFIG_DIR
+from iapt.config.schema import Config
+from iapt.data.task import build_task
+from iapt.methods.registry import METHODS, spec_of
+from iapt.methods.settings import load_config
+from iapt.model.backbone import TINY_DIR, build_backbone
 from tests import test_task_data
 
 FILES = sorted(p.relative_to(CONFIG_DIR) for p in CONFIG_DIR.rglob("*.yaml") if "local" not in p.parts)
@@ -114,9 +114,9 @@ def test_every_backbone_is_built(option: str, monkeypatch: pytest.MonkeyPatch) -
             asked.append(path)
             return AutoModelForCausalLM.from_config(AutoConfig.for_model(**HUB_SHAPES[option][0]), dtype=dtype)
 
-        monkeypatch.setattr("iapt.backbone.AutoModelForCausalLM.from_pretrained", from_pretrained)
+        monkeypatch.setattr("iapt.model.backbone.AutoModelForCausalLM.from_pretrained", from_pretrained)
         monkeypatch.setattr(
-            "iapt.backbone.AutoTokenizer.from_pretrained", lambda path, **_: asked.append(path) or tokenizer
+            "iapt.model.backbone.AutoTokenizer.from_pretrained", lambda path, **_: asked.append(path) or tokenizer
         )
     device = "cpu" if option in ("tiny", "hf") else "meta"  # shapes are enough
     with torch.device(device):

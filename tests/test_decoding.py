@@ -25,11 +25,11 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 
 import iapt
-from iapt.backbone import TINY_DIR
-from iapt.batch import Batch
-from iapt.decoding import ARGUMENTS, REFUSED, WORKING, end_tokens
-from iapt.errors import UserError
-from iapt.model import AdaptedModel
+from iapt.config.errors import UserError
+from iapt.data.batch import Batch
+from iapt.model.adapted import AdaptedModel
+from iapt.model.backbone import TINY_DIR
+from iapt.model.decoding import ARGUMENTS, REFUSED, WORKING, end_tokens
 from tests.contracts.conftest import VOCABULARY, Case, batch, build_backbone, build_model, examples
 
 STEPS = 6

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from iapt.diagnosis import Facts, diagnose
+from iapt.runs.diagnosis import Facts, diagnose
 
 GOOD = Facts(
     trainable_params=1000, metric="accuracy", zero_shot=0.5, test=0.9, answers=["no", "yes"] * 200, majority=0.5,

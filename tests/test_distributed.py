@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from iapt.hardware import cores
-from iapt.launch import launch
+from iapt.runs.hardware import cores
+from iapt.runs.launch import launch
 from tests.test_experiment import config
 from tests.test_trainer import curve
 
@@ -20,10 +20,10 @@ import sys
 from pathlib import Path
 import torch
 from accelerate import Accelerator
-from iapt.backbone import shard_layers
-from iapt.config import TaskConfig
-from iapt.evaluate import mean_loss, _classify, _over_examples
-from iapt.tasks import Example
+from iapt.model.backbone import shard_layers
+from iapt.config.task import TaskConfig
+from iapt.evaluation.evaluate import mean_loss, _classify, _over_examples
+from iapt.data.task import Example
 from tests.test_trainer import make
 from tests.contracts.conftest import Case, examples
 

@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 import torch
 
-from iapt import experiment
-from iapt.config import Config
-from iapt.model import AdaptedModel
+from iapt.config.schema import Config
+from iapt.model.adapted import AdaptedModel
 from iapt.report.outcomes import Outcomes, outcomes
 from iapt.report.runs import read_runs
+from iapt.runs import experiment
 from tests.test_experiment import config
 
 WORDS = ["A", "B", "C", "D", "E"]

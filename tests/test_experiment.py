@@ -12,12 +12,14 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from iapt import experiment
-from iapt.check import load_config
-from iapt.config import Config
-from iapt.errors import TrainingError, UserError
-from iapt.methods import METHODS, MethodConfig, MethodSpec, SoftPrompt, register
+from iapt.config.errors import TrainingError, UserError
+from iapt.config.method import MethodConfig
+from iapt.config.schema import Config
 from iapt.methods.labels import LabelPromptConfig
+from iapt.methods.registry import METHODS, MethodSpec, register
+from iapt.methods.settings import load_config
+from iapt.model.method import SoftPrompt
+from iapt.runs import experiment
 
 SHAPE = {
     "model_type": "llama", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,

@@ -12,12 +12,12 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
-from iapt.config import Config
-from iapt.errors import UserError
-from iapt.sweep import cell_id
-from iapt.tasks import build_task
-from iapt.tasks.files import in_order, read_file, split_of
-from iapt.tasks.source import load_rows
+from iapt.config.errors import UserError
+from iapt.config.schema import Config
+from iapt.data.files import in_order, read_file, split_of
+from iapt.data.source import load_rows
+from iapt.data.task import build_task
+from iapt.runs.sweep import cell_id
 from tests.test_tasks import PLAIN, config_of, message, plain_rows, write
 
 # As in GLUE's SST-2 and QNLI: marks open on one line and close on another, stand alone, or around a whole field.

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from iapt import experiment
+from iapt.runs import experiment
 from tests.contracts.conftest import CASES, Case, batch, build_backbone, build_model, examples
 from tests.test_experiment import config
 

@@ -12,14 +12,14 @@ from typing import Any
 import pytest
 import torch
 
-from iapt import experiment
-from iapt.backbone import Backbone, build_backbone
-from iapt.check import method_config
-from iapt.config import BackboneConfig
-from iapt.errors import ConfigError, UserError
-from iapt.harness import HarnessConfig, evaluate, problems
-from iapt.methods import spec_of
-from iapt.model import AdaptedModel
+from iapt.benchmarks.harness import HarnessConfig, evaluate, problems
+from iapt.config.errors import ConfigError, UserError
+from iapt.config.schema import BackboneConfig
+from iapt.methods.registry import spec_of
+from iapt.methods.settings import method_config
+from iapt.model.adapted import AdaptedModel
+from iapt.model.backbone import Backbone, build_backbone
+from iapt.runs import experiment
 from tests.test_experiment import config
 
 lm_eval = pytest.importorskip("lm_eval", reason="needs the extra: pip install 'iapt[harness]'")
@@ -27,7 +27,7 @@ lm_eval = pytest.importorskip("lm_eval", reason="needs the extra: pip install 'i
 from lm_eval.api.instance import Instance  # noqa: E402
 from lm_eval.models.huggingface import HFLM  # noqa: E402
 
-from iapt.harness_model import AdaptedLM, _StopStrings  # noqa: E402
+from iapt.benchmarks.harness_model import AdaptedLM, _StopStrings  # noqa: E402
 
 BACKBONES = Path(os.environ.get("IAPT_TEST_BACKBONES", Path(__file__).parents[2] / "shared" / "backbones"))
 REAL = [name for name in ("stories260K", "lab-3.4M") if (BACKBONES / name / "model.safetensors").is_file()]
@@ -170,7 +170,7 @@ def test_what_does_not_fit_loses_its_beginning_and_is_counted() -> None:
 
 
 def test_a_leading_bos_survives_the_cut() -> None:
-    from iapt.batch import keep_end
+    from iapt.data.batch import keep_end
 
     assert keep_end((1, 2, 3, 4, 5), 3, bos=1) == (1, 4, 5)
     assert keep_end((2, 2, 3, 4, 5), 3, bos=1) == (3, 4, 5)
@@ -244,7 +244,7 @@ def test_tasks_of_ones_own_end_in_the_eval_folder(place: Path, iapt_eval: Callab
     assert [sample["task"] for sample in samples] == ["mine_choice"] * 4
 
     # By hand: the likelihood of each option, straight from the model's loss.
-    from iapt.restore import batch_of, build_model, read_saved
+    from iapt.runs.restore import batch_of, build_model, read_saved
 
     model, _ = build_model(read_saved(place / "run", {}))
     tokenizer, right = model.backbone.tokenizer, []

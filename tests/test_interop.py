@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import iapt
-from iapt.errors import UserError
-from iapt.model import AdaptedModel
+from iapt.config.errors import UserError
+from iapt.model.adapted import AdaptedModel
 from tests.contracts.conftest import Case, batch, build_backbone, build_model, examples
 from tests.test_library import IAPT, LORA, PROMPT, attach
 

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from iapt.config import TaskConfig
-from iapt.errors import UserError
-from iapt.tasks import build_task
-from iapt.tasks.labels import as_index, as_word
+from iapt.config.errors import UserError
+from iapt.config.task import TaskConfig
+from iapt.data.labels import as_index, as_word
+from iapt.data.task import build_task
 from tests.test_tasks import PLAIN, config_of, write
 
 STARS = ["1", "2", "3", "4", "5"]

@@ -17,23 +17,23 @@ import torch
 import yaml
 from omegaconf import OmegaConf
 
-from iapt.check import load_config
-from iapt.checkpoint import read_summary
-from iapt.config import Config, to_dict
-from iapt.errors import ConfigError, TrainingError, UserError
-from iapt.hardware import check_hardware, cores
-from iapt.launch import launch, record_failure
+from iapt.config.errors import ConfigError, TrainingError, UserError
+from iapt.config.schema import Config, to_dict
+from iapt.methods.settings import load_config
+from iapt.model.checkpoint import read_summary
+from iapt.runs.hardware import check_hardware, cores
+from iapt.runs.launch import launch, record_failure
 
 BASE = {"task": {"name": "t", "template": "{x}"}, "method": {"name": "iapt"}, "hardware": {"device": "cpu"}}
 two_cores = pytest.mark.skipif(cores() < 2, reason="two processes need two cores")
 
-# Stands in for iapt.experiment in processes that a test cannot reach into; python imports it at start.
+# Stands in for iapt.runs.experiment in processes that a test cannot reach into; python imports it at start.
 STUB = """
 import json, os, signal, sys, time, types
 from pathlib import Path
 
 def run(config, folder):
-    from iapt.errors import TrainingError, UserError
+    from iapt.config.errors import TrainingError, UserError
     rank, action = os.environ.get("RANK", "-"), os.environ["STUB_ACTION"]
     facts = {k: os.environ.get(k) for k in ("WORLD_SIZE", "OMP_NUM_THREADS")} | {"pid": os.getpid()}
     if action == "gather":
@@ -58,9 +58,9 @@ def run(config, folder):
     (folder / "summary.json").write_text(json.dumps(summary))
     return summary
 
-stub = types.ModuleType("iapt.experiment")
+stub = types.ModuleType("iapt.runs.experiment")
 stub.run = run
-sys.modules["iapt.experiment"] = stub
+sys.modules["iapt.runs.experiment"] = stub
 """
 
 
@@ -85,7 +85,7 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Config, Path]]:
         (folder / "summary.json").write_text(json.dumps(summary))
         return summary
 
-    monkeypatch.setattr("iapt.experiment.run", run)
+    monkeypatch.setattr("iapt.runs.experiment.run", run)
     return calls
 
 
@@ -153,7 +153,7 @@ def test_a_failure_is_recorded_and_the_next_attempt_starts_clean(
         raise TrainingError("the loss is nan")
 
     with monkeypatch.context() as patch:
-        patch.setattr("iapt.experiment.run", fail)
+        patch.setattr("iapt.runs.experiment.run", fail)
         for _ in range(2):
             with pytest.raises(TrainingError):
                 launch(config_with(), tmp_path)
@@ -284,7 +284,7 @@ def test_an_interrupted_parent_leaves_nothing_running(
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(to_dict(config)))
     code = (
         "import sys, yaml; from pathlib import Path\n"
-        "from iapt.check import load_config; from iapt.launch import launch\n"
+        "from iapt.config.check import load_config; from iapt.runs.launch import launch\n"
         "p = Path(sys.argv[1]); config = load_config(yaml.safe_load((p / 'config.yaml').read_text()))\n"
         # As the commands do. What Python itself exits with depends on what libraries run at exit.
         "try: launch(config, p / 'run', own_process=True)\n"

@@ -17,10 +17,10 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import iapt
-from iapt import experiment
-from iapt.backbone import TINY_DIR
-from iapt.errors import ConfigError, UserError
-from iapt.model import AdaptedModel
+from iapt.config.errors import ConfigError, UserError
+from iapt.model.adapted import AdaptedModel
+from iapt.model.backbone import TINY_DIR
+from iapt.runs import experiment
 from tests.contracts.conftest import Case, batch, build_backbone, build_model, examples
 from tests.test_experiment import config
 
@@ -43,7 +43,7 @@ def attach(settings: dict[str, Any], shape: str = "llama", lm: Any = None, **opt
 
 
 def test_a_method_by_name_is_the_shipped_one():
-    from iapt.check import method_config
+    from iapt.methods.settings import method_config
 
     lora = method_config({"name": "lora", "options": {"r": 4}})
     assert (lora.kind, lora.options["r"], lora.options["lora_alpha"]) == ("peft", 4, 16)  # type: ignore[attr-defined]
@@ -300,7 +300,7 @@ def test_the_readmes_snippet_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 def test_iapt_eval_says_why_it_cannot_score_a_folder_saved_from_python(tmp_path: Path):
-    from iapt.experiment import evaluate
+    from iapt.runs.experiment import evaluate
 
     iapt.attach(build_backbone("llama").lm, {"name": "iapt", "bottleneck": 8}).save(tmp_path / "adapter")
     with pytest.raises(UserError, match=r"saved from Python.*iapt\.load"):

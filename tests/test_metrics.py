@@ -12,8 +12,8 @@ import evaluate
 import pytest
 import sacrebleu
 
-from iapt.errors import UserError
-from iapt.metrics import CLASSIFICATION, GENERATION, METRICS, NEEDS_WORDNET, check, compute, find_wordnet, notes
+from iapt.config.errors import UserError
+from iapt.metrics.metrics import CLASSIFICATION, GENERATION, METRICS, NEEDS_WORDNET, check, compute, find_wordnet, notes
 
 
 def test_accuracy() -> None:
@@ -97,7 +97,7 @@ class NoSynonyms:
 
 
 def test_meteor_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("iapt.metrics.find_wordnet", NoSynonyms)
+    monkeypatch.setattr("iapt.metrics.metrics.find_wordnet", NoSynonyms)
     # precision 2/3, recall 2/2, so F = 10 P R / (R + 9 P); "cats" matches "cat" by its stem, in one chunk of two.
     expected = (10 * 2 / 3 / (1 + 9 * 2 / 3)) * (1 - 0.5 * (1 / 2) ** 3)
     assert compute(["meteor"], ["two cats sleep"], [["no", "two cat"]])["meteor"] == pytest.approx(expected)
@@ -106,7 +106,7 @@ def test_meteor_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_meteor_without_wordnet_has_a_note_and_no_value(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("iapt.metrics.find_wordnet", lambda: None)
+    monkeypatch.setattr("iapt.metrics.metrics.find_wordnet", lambda: None)
     values = compute(["rouge_l", "meteor"], ["a b"], [["a b"]])
     assert values == {"rouge_l": 1.0, "meteor_note": "skipped: needs wordnet"}
     assert notes(["rouge_l"]) == []

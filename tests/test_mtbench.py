@@ -16,17 +16,19 @@ import pytest
 import torch
 import yaml
 
-from iapt import experiment, judge, mtbench
-from iapt.check import load_config
-from iapt.config import TaskConfig, to_dict
-from iapt.errors import TrainingError, UserError
-from iapt.judge import JudgeConfig, Question, RefusedError, rating
-from iapt.mtbench import MtBenchConfig, evaluate, read_questions
-from iapt.mtbench_answers import Answerer, Layout
-from iapt.paths import CONFIG_DIR
-from iapt.restore import build_model, read_saved
-from iapt.rows import append_row, read_rows
-from iapt.tasks import build_task
+from iapt.benchmarks import judge, mtbench
+from iapt.benchmarks.judge import JudgeConfig, Question, RefusedError, rating
+from iapt.benchmarks.mtbench import MtBenchConfig, evaluate, read_questions
+from iapt.benchmarks.mtbench_answers import Answerer, Layout
+from iapt.config.errors import TrainingError, UserError
+from iapt.config.paths import CONFIG_DIR
+from iapt.config.schema import to_dict
+from iapt.config.task import TaskConfig
+from iapt.data.task import build_task
+from iapt.methods.settings import load_config
+from iapt.runs import experiment
+from iapt.runs.restore import build_model, read_saved
+from iapt.runs.rows import append_row, read_rows
 from tests.test_experiment import config
 
 DATA = Path(os.environ.get("IAPT_TEST_DATA", Path(__file__).parents[2] / "shared" / "data"))

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from iapt.paths import CONFIG_DIR
+from iapt.config.paths import CONFIG_DIR
 
 ROOT = Path(__file__).parent.parent
 

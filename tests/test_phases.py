@@ -9,13 +9,13 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from iapt.batch import Encoded, collate
-from iapt.config import TrainerConfig
-from iapt.errors import UserError
-from iapt.methods import BiLevel
-from iapt.phases import hold_out
-from iapt.tracking import Tracker
-from iapt.trainer import Trainer
+from iapt.config.errors import UserError
+from iapt.config.schema import TrainerConfig
+from iapt.data.batch import Encoded, collate
+from iapt.model.method import BiLevel
+from iapt.training.phases import hold_out
+from iapt.training.tracking import Tracker
+from iapt.training.trainer import Trainer
 from tests.contracts.conftest import Case, build_model, examples
 
 TRAIN = examples(40)

@@ -13,13 +13,15 @@ from typing import Any
 import pytest
 import yaml
 
-from iapt.check import load_config
-from iapt.config import TaskConfig, to_dict
-from iapt.errors import ConfigError, UserError
-from iapt.paths import CONFIG_DIR
-from iapt.sweep import cell_id, hash_of
-from iapt.tasks import build_task, plain_text, toy
-from iapt.tasks.files import read_file
+from iapt.config.errors import ConfigError, UserError
+from iapt.config.paths import CONFIG_DIR
+from iapt.config.schema import to_dict
+from iapt.config.task import TaskConfig
+from iapt.data import plain_text, toy
+from iapt.data.files import read_file
+from iapt.data.task import build_task
+from iapt.methods.settings import load_config
+from iapt.runs.sweep import cell_id, hash_of
 from tests.test_experiment import config as run_config
 
 NEXT, CHOICE, UNIFIED = "ppt/next_sentence", "ppt/sentence_choice", "ppt/unified_choice"

@@ -17,19 +17,20 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 import iapt
-from iapt import experiment, preflight
-from iapt.backbone import Backbone, build_backbone
-from iapt.cache import PassCache
-from iapt.config import BackboneConfig
-from iapt.engine import Engine
-from iapt.errors import UserError
-from iapt.methods import METHODS
+from iapt import preflight
+from iapt.config.errors import UserError
+from iapt.config.schema import BackboneConfig
 from iapt.methods.iapt import Iapt
 from iapt.methods.prompt_tuning import PromptTuning
+from iapt.methods.registry import METHODS
 from iapt.methods.spt import Spt
-from iapt.model import AdaptedModel
+from iapt.model.adapted import AdaptedModel
+from iapt.model.backbone import Backbone, build_backbone
+from iapt.model.cache import PassCache
+from iapt.model.engine import Engine
 from iapt.preflight import checks, known
 from iapt.preflight.tools import distance, undisturbed
+from iapt.runs import experiment
 from tests.contracts import conftest
 from tests.contracts.conftest import CASES, VARIANT_SHAPES, Case, batch, build_model, examples
 from tests.test_experiment import config

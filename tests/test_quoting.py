@@ -13,13 +13,14 @@ import yaml
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from iapt.check import load_config, method_config, unknown_keys
-from iapt.config import Config, TaskConfig
-from iapt.errors import ConfigError
-from iapt.harness import HarnessConfig
-from iapt.methods import METHODS
-from iapt.mtbench import MtBenchConfig
-from iapt.paths import CONFIG_DIR
+from iapt.benchmarks.harness import HarnessConfig
+from iapt.benchmarks.mtbench import MtBenchConfig
+from iapt.config.errors import ConfigError
+from iapt.config.paths import CONFIG_DIR
+from iapt.config.schema import Config
+from iapt.config.task import TaskConfig
+from iapt.methods.registry import METHODS
+from iapt.methods.settings import load_config, method_config, unknown_keys
 
 SCHEMAS = [Config, HarnessConfig, MtBenchConfig, *(spec.config for spec in METHODS.values())]
 TASK = {"name": "t", "template": "{text}", "label_column": "label"}

@@ -17,8 +17,8 @@ from packaging.requirements import Requirement
 from packaging.version import Version
 
 import iapt
-from iapt.errors import UserError
-from iapt.releases import LIBRARIES, beyond_tested, warn_once
+from iapt.config.errors import UserError
+from iapt.config.releases import LIBRARIES, beyond_tested, warn_once
 from tests.test_cli import Command
 from tests.test_cli import command as command
 

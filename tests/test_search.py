@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from iapt.errors import TrainingError
+from iapt.config.errors import TrainingError
 from tests.test_cli import Command, Runs
 from tests.test_cli import command as command
 from tests.test_cli import runs as runs
@@ -28,7 +28,7 @@ def test_four_trials_by_their_dev_value(runs: Runs, command: Command, monkeypatc
         (folder / "summary.json").write_text(json.dumps(summary))
         return summary
 
-    monkeypatch.setattr("iapt.launch._run_in_child", run)
+    monkeypatch.setattr("iapt.runs.launch._run_in_child", run)
     code, out, _ = command(*SEARCH, RATE, "hydra.sweeper.trials=4")
     assert code == 0
     assert "4 of 4 runs finished" in out

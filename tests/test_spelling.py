@@ -10,12 +10,12 @@ from accelerate import Accelerator
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from iapt.batch import Encoded, encode_examples
-from iapt.config import TaskConfig
-from iapt.errors import UserError
-from iapt.evaluate import evaluate
-from iapt.spelling import Speller
-from iapt.tasks import Example
+from iapt.config.errors import UserError
+from iapt.config.task import TaskConfig
+from iapt.data.batch import Encoded, encode_examples
+from iapt.data.spelling import Speller
+from iapt.data.task import Example
+from iapt.evaluation.evaluate import evaluate
 from tests.test_tasks import config_of
 
 

@@ -15,11 +15,11 @@ from typing import Any
 import psutil
 import pytest
 
-from iapt import sweep
-from iapt.check import load_config
-from iapt.checkpoint import read_summary
-from iapt.errors import TrainingError
-from iapt.hardware import cores
+from iapt.config.errors import TrainingError
+from iapt.methods.settings import load_config
+from iapt.model.checkpoint import read_summary
+from iapt.runs import sweep
+from iapt.runs.hardware import cores
 from tests.test_cli import Command, Runs
 from tests.test_cli import command as command
 from tests.test_cli import runs as runs
@@ -97,7 +97,8 @@ def test_a_cell_under_work_is_kept_from_others_until_the_last_process_ends(tmp_p
         with sweep.claim(tmp_path, tmp_path / "0", "bb") as other:  # another cell lies in its folder
             assert (other.folder, other.free) == (tmp_path / "0-2", True)
         code = (
-            f"from iapt.sweep import share; share(__import__('pathlib').Path({str(tmp_path / '0')!r}));print(1);input()"
+            "from pathlib import Path; from iapt.runs.sweep import share; "
+            f"share(Path({str(tmp_path / '0')!r})); print(1); input()"
         )
         child = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         assert child.stdout is not None

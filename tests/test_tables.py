@@ -7,7 +7,7 @@ from typing import Any
 
 from rich.console import Console
 
-from iapt.tables import ranked, summary_table
+from iapt.cli.tables import ranked, summary_table
 
 
 def row(folder: str, **values: Any) -> dict[str, Any]:

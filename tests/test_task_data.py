@@ -15,13 +15,13 @@ import pytest
 import yaml
 from transformers import AutoTokenizer
 
-from iapt import metrics
-from iapt.answers import normalize_answer
-from iapt.batch import collate, encode_examples
-from iapt.config import TaskConfig
-from iapt.errors import UserError
-from iapt.paths import CONFIG_DIR
-from iapt.tasks import Task, build_task
+from iapt.config.errors import UserError
+from iapt.config.paths import CONFIG_DIR
+from iapt.config.task import TaskConfig
+from iapt.data.batch import collate, encode_examples
+from iapt.data.task import Task, build_task
+from iapt.metrics import metrics
+from iapt.metrics.answers import normalize_answer
 from tests.test_tasks import config_of
 
 DATA = Path(os.environ.get("IAPT_TEST_DATA", Path(__file__).parents[2] / "shared" / "data"))

@@ -8,7 +8,7 @@ from typing import Any
 import datasets
 import pytest
 
-from iapt.tasks import Example, Task, build_task
+from iapt.data.task import Example, Task, build_task
 from tests.test_tasks import config_of, message, write
 
 CHOOSE = {

@@ -12,12 +12,12 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
-from iapt.check import load_config
-from iapt.config import TaskConfig
-from iapt.errors import ConfigError, UserError
-from iapt.tasks import Example, Task, build_task
-from iapt.tasks.files import read_file
-from iapt.tasks.source import load_rows
+from iapt.config.errors import ConfigError, UserError
+from iapt.config.task import TaskConfig
+from iapt.data.files import read_file
+from iapt.data.source import load_rows
+from iapt.data.task import Example, Task, build_task
+from iapt.methods.settings import load_config
 
 PLAIN = {
     "name": "mine/plain",

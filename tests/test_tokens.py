@@ -12,16 +12,17 @@ from accelerate import Accelerator
 from tokenizers import Tokenizer, models, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from iapt.backbone import Backbone, build_backbone
-from iapt.batch import collate, encode_examples
-from iapt.check import method_config
-from iapt.config import BackboneConfig, TaskConfig
-from iapt.errors import UserError
-from iapt.evaluate import evaluate
-from iapt.library import attach, make_batch
-from iapt.mtbench_answers import _tokens
-from iapt.tasks import Example
-from iapt.tokens import join, opening
+from iapt.api import attach, make_batch
+from iapt.benchmarks.mtbench_answers import _tokens
+from iapt.config.errors import UserError
+from iapt.config.schema import BackboneConfig
+from iapt.config.task import TaskConfig
+from iapt.data.batch import collate, encode_examples
+from iapt.data.task import Example
+from iapt.data.tokens import join, opening
+from iapt.evaluation.evaluate import evaluate
+from iapt.methods.settings import method_config
+from iapt.model.backbone import Backbone, build_backbone
 from tests.test_tasks import config_of
 
 SMOL = Path(os.environ.get("IAPT_TEST_SMOLLM2", Path(__file__).parents[2] / "smollm2"))

@@ -14,7 +14,7 @@ import pytest
 import yaml
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from iapt.tasks import toy
+from iapt.data import toy
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ROOT / "iapt" / "tiny"
@@ -39,7 +39,7 @@ def corpus() -> list[str]:
 
 def test_rows_do_not_depend_on_the_process():
     """Another interpreter with another hash salt and another global random state makes the same rows."""
-    code = "import random; random.seed(5); from iapt.tasks import toy\n"
+    code = "import random; random.seed(5); from iapt.data import toy\n"
     code += "import zlib\n"
     code += "print(zlib.crc32(repr([toy.rows(n, s) for n in toy.NAMES for s in toy.SPLITS]).encode()))"
     seen = {

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from accelerate import Accelerator
 
-from iapt import experiment
-from iapt.config import TrackingConfig
-from iapt.tracking import Tracker
+from iapt.config.schema import TrackingConfig
+from iapt.runs import experiment
+from iapt.training.tracking import Tracker
 from tests.test_experiment import config
 
 

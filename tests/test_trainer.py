@@ -11,11 +11,11 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from iapt.config import TrainerConfig
-from iapt.errors import TrainingError, UserError
-from iapt.phases import protocol_batch_size
-from iapt.tracking import Tracker
-from iapt.trainer import Trainer, TrainResult
+from iapt.config.errors import TrainingError, UserError
+from iapt.config.schema import TrainerConfig
+from iapt.training.phases import protocol_batch_size
+from iapt.training.tracking import Tracker
+from iapt.training.trainer import Trainer, TrainResult
 from tests.contracts.conftest import Case, build_model, examples
 
 IAPT = Case("iapt", {"bottleneck": 8})

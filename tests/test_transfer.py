@@ -12,14 +12,17 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import iapt
-from iapt import experiment, sweep
-from iapt.check import load_config
-from iapt.checkpoint import load_adapter, load_state
-from iapt.config import Config, to_dict
-from iapt.errors import TrainingError, UserError
-from iapt.launch import launch, with_absolute_paths
-from iapt.methods import METHODS, SoftPrompt, SoftPromptConfig
-from iapt.trainer import Trainer
+from iapt.config.errors import TrainingError, UserError
+from iapt.config.method import SoftPromptConfig
+from iapt.config.schema import Config, to_dict
+from iapt.methods.registry import METHODS
+from iapt.methods.settings import load_config
+from iapt.model.checkpoint import load_adapter
+from iapt.model.method import SoftPrompt
+from iapt.runs import experiment, sweep
+from iapt.runs.launch import launch, with_absolute_paths
+from iapt.training.state import load_state
+from iapt.training.trainer import Trainer
 from tests.contracts.conftest import CASES, Case, build_model
 from tests.test_experiment import SHAPE, config
 

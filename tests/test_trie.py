@@ -10,14 +10,14 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from iapt import experiment
-from iapt.batch import Encoded, Ids
-from iapt.config import TaskConfig
-from iapt.errors import UserError
-from iapt.evaluate import evaluate
-from iapt.model import AdaptedModel
-from iapt.tasks import Example
-from iapt.trie import Trie, tries
+from iapt.config.errors import UserError
+from iapt.config.task import TaskConfig
+from iapt.data.batch import Encoded, Ids
+from iapt.data.task import Example
+from iapt.evaluation.evaluate import evaluate
+from iapt.evaluation.trie import Trie, tries
+from iapt.model.adapted import AdaptedModel
+from iapt.runs import experiment
 from tests.contracts.conftest import Case, batch, build_model, examples
 from tests.test_experiment import config
 

@@ -8,13 +8,14 @@ from typing import Any
 import pytest
 import sacrebleu
 
-from iapt.check import load_config
-from iapt.config import METRIC_TOKENIZERS, Config, TaskConfig
-from iapt.errors import ConfigError, UserError
-from iapt.metrics import GENERATION, check, compute
-from iapt.sweep import cell_id
-from iapt.tasks import build_task
-from iapt.writing_systems import notes
+from iapt.config.errors import ConfigError, UserError
+from iapt.config.schema import Config
+from iapt.config.task import METRIC_TOKENIZERS, TaskConfig
+from iapt.data.task import build_task
+from iapt.methods.settings import load_config
+from iapt.metrics.metrics import GENERATION, check, compute
+from iapt.metrics.writing_systems import notes
+from iapt.runs.sweep import cell_id
 from tests.test_tasks import WRITE, config_of, write
 
 TEXTS = {

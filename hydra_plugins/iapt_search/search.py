@@ -55,7 +55,7 @@ class Search(Sweeper):  # type: ignore[misc]
 
     def sweep(self, arguments: list[str]) -> Any:
         """Run trials until there are `trials` that ended, well or not; the best trial's values and dev value."""
-        from iapt.errors import ConfigError, UserError
+        from iapt.config.errors import ConfigError, UserError
 
         try:
             import optuna

@@ -24,8 +24,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from iapt.errors import ConfigError, TrainingError, UserError
-from iapt.paths import CONFIG_DIR
+from iapt.config.errors import ConfigError, TrainingError, UserError
+from iapt.config.paths import CONFIG_DIR
 
 # (composed configuration, run folder, whether it is a job of a sweep) -> summary
 Job = Callable[[DictConfig, Path, bool], dict[str, Any]]
@@ -54,7 +54,7 @@ def run_command(config_name: str, job: Job, check: Check, identify: Identify | N
         identify: makes the jobs of a sweep cells, of which only those are run that are not settled.
     """
     from iapt.cli import callbacks
-    from iapt.releases import beyond_tested
+    from iapt.config.releases import beyond_tested
 
     outcome, typed = _Outcome(), sys.argv[1:]
 
@@ -149,7 +149,7 @@ def _run_job(composed: DictConfig, job: Job, outcome: _Outcome, identify: Identi
             if not any(folder.iterdir()):
                 folder.rmdir()  # Hydra made it; nothing happened in it
         if summary:
-            from iapt.tables import print_summaries
+            from iapt.cli.tables import print_summaries
 
             print_summaries([{**summary, "folder": str(folder)}])
     return float("nan") if summary.get("dev") is None else float(summary["dev"])
@@ -157,7 +157,7 @@ def _run_job(composed: DictConfig, job: Job, outcome: _Outcome, identify: Identi
 
 def _run_cell(composed: DictConfig, job: Job, identify: Identify, sweep: Path, folder: Path) -> dict[str, Any]:
     """Run the job unless its cell is settled; the cell's summary."""
-    from iapt.sweep import claim, note_job
+    from iapt.runs.sweep import claim, note_job
 
     allowed = ("none", "failed")
     if composed.sweep.retry not in allowed:  # of the whole sweep, so no row of its table
@@ -176,8 +176,8 @@ def _run_recorded(composed: DictConfig, job: Job, folder: Path) -> dict[str, Any
     try:
         return job(composed, folder, True)
     except Exception as error:
-        from iapt.checkpoint import read_summary
-        from iapt.launch import record_failure
+        from iapt.model.checkpoint import read_summary
+        from iapt.runs.launch import record_failure
 
         record_failure(folder, error, OmegaConf.to_container(composed))  # type: ignore[arg-type]
         if isinstance(error, UserError | TrainingError):

@@ -14,9 +14,9 @@ from hydra.errors import HydraException
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
+from iapt.cli.tables import print_summaries, ranked
 from iapt.cli.view import View
-from iapt.errors import TrainingError, UserError
-from iapt.tables import print_summaries, ranked
+from iapt.config.errors import TrainingError, UserError
 
 exit_code = 0  # of the last sweep; Hydra has no way to return one
 place = ""  # the override that leads back to the last sweep
@@ -32,7 +32,7 @@ class SweepTable(Callback):  # type: ignore[misc]
         sweep, total = Path(config.hydra.sweep.dir), count_jobs(config)
         place = f"hydra.sweep.dir={os.path.relpath(sweep)}"
         if total and str(config.hydra.launcher.get("_target_")).endswith("submitit_launcher.LocalLauncher"):
-            from iapt.hardware import cores
+            from iapt.runs.hardware import cores
 
             os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores() // total)))
         stop_view()
@@ -77,8 +77,8 @@ def count_jobs(config: DictConfig) -> int | None:
 
 def collect(sweep: Path) -> list[dict[str, Any]]:
     """The summary of every run folder below `sweep`, in the order of the jobs, each with its `folder`."""
-    from iapt.checkpoint import SUMMARY, read_summary
-    from iapt.launch import CONFIG_FILE
+    from iapt.model.checkpoint import SUMMARY, read_summary
+    from iapt.runs.launch import CONFIG_FILE
 
     folders = {path.parent for name in (CONFIG_FILE, SUMMARY) for path in sweep.rglob(name)}
     jobs = [{**(read_summary(folder) or _unfinished(sweep, folder)), "folder": str(folder)} for folder in folders]
@@ -88,8 +88,8 @@ def collect(sweep: Path) -> list[dict[str, Any]]:
 def _unfinished(sweep: Path, folder: Path) -> dict[str, Any]:
     import yaml
 
-    from iapt.launch import CONFIG_FILE
-    from iapt.sweep import is_held
+    from iapt.runs.launch import CONFIG_FILE
+    from iapt.runs.sweep import is_held
 
     try:
         config = yaml.safe_load((folder / CONFIG_FILE).read_text(encoding="utf-8"))

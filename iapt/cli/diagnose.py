@@ -24,8 +24,8 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from iapt.errors import suggest
-from iapt.paths import CONFIG_DIR
+from iapt.config.errors import suggest
+from iapt.config.paths import CONFIG_DIR
 
 Check = Callable[[DictConfig], list[str]]
 MOST_JOBS = 64  # of a sweep that are looked into

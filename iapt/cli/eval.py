@@ -2,8 +2,8 @@
 
 iapt-eval checkpoint=outputs/toy/entailment/iapt/...
 iapt-eval checkpoint=RUN split=dev trainer.eval_batch_size=8
-iapt-eval checkpoint=RUN harness.tasks=[mmlu_abstract_algebra]     (see iapt.harness)
-iapt-eval checkpoint=RUN mt_bench.questions=question.jsonl         (see iapt.mtbench)
+iapt-eval checkpoint=RUN harness.tasks=[mmlu_abstract_algebra]     (see iapt.benchmarks.harness)
+iapt-eval checkpoint=RUN mt_bench.questions=question.jsonl         (see iapt.benchmarks.mtbench)
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from iapt.cli.app import run_command
-from iapt.errors import ConfigError
+from iapt.config.errors import ConfigError
 
 BENCHMARKS = ("harness", "mt_bench")  # each has a schema and a key that asks for it
 OWN_KEYS = ("checkpoint", "split", *BENCHMARKS)
@@ -27,7 +27,7 @@ def main() -> None:
 
 
 def _job(composed: DictConfig, folder: Path, in_sweep: bool) -> dict[str, Any]:
-    from iapt import experiment
+    from iapt.runs import experiment
 
     problems = _problems(composed)
     if problems:
@@ -40,11 +40,11 @@ def _job(composed: DictConfig, folder: Path, in_sweep: bool) -> dict[str, Any]:
     checkpoint = Path(settings["checkpoint"]).expanduser().absolute()
     benchmarks = _benchmarks(composed)
     if benchmarks.harness.tasks:
-        from iapt import harness
+        from iapt.benchmarks import harness
 
         return harness.evaluate(checkpoint, folder, overrides, benchmarks.harness)
     if benchmarks.mt_bench.questions:
-        from iapt import mtbench
+        from iapt.benchmarks import mtbench
 
         return mtbench.evaluate(checkpoint, folder, overrides, benchmarks.mt_bench)
     return experiment.evaluate(checkpoint, folder, overrides, str(settings["split"]))
@@ -52,7 +52,7 @@ def _job(composed: DictConfig, folder: Path, in_sweep: bool) -> dict[str, Any]:
 
 def _problems(composed: DictConfig) -> list[str]:
     """What can be said without the checkpoint's own config; the rest is checked once that is read."""
-    from iapt.check import unknown_keys
+    from iapt.methods.settings import unknown_keys
 
     given = OmegaConf.to_container(composed, resolve=False)
     assert isinstance(given, dict)
@@ -63,7 +63,7 @@ def _problems(composed: DictConfig) -> list[str]:
         benchmarks = _benchmarks(composed)
     except ConfigError as error:
         return problems + error.problems
-    from iapt import harness, mtbench
+    from iapt.benchmarks import harness, mtbench
 
     problems += harness.problems(benchmarks.harness) + mtbench.problems(benchmarks.mt_bench)
     if benchmarks.harness.tasks and benchmarks.mt_bench.questions:
@@ -73,9 +73,9 @@ def _problems(composed: DictConfig) -> list[str]:
 
 def _benchmarks(composed: DictConfig) -> Any:
     """The settings of the benchmarks as dataclasses. Raises ConfigError naming what does not fit."""
-    from iapt.check import load_config
-    from iapt.harness import HarnessConfig
-    from iapt.mtbench import MtBenchConfig
+    from iapt.benchmarks.harness import HarnessConfig
+    from iapt.benchmarks.mtbench import MtBenchConfig
+    from iapt.methods.settings import load_config
 
     schemas = dict(zip(BENCHMARKS, (HarnessConfig, MtBenchConfig), strict=True))
     fields = [(name, schema, dataclasses.field(default_factory=schema)) for name, schema in schemas.items()]

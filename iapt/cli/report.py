@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from rich.console import Console
 
-from iapt.errors import UserError, suggest
+from iapt.config.errors import UserError, suggest
 
 if TYPE_CHECKING:
     from iapt.report.cells import Board, Row

@@ -16,7 +16,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from iapt.cli.app import run_command
-from iapt.errors import ConfigError
+from iapt.config.errors import ConfigError
 
 
 def main() -> None:
@@ -25,8 +25,8 @@ def main() -> None:
 
 
 def _job(composed: DictConfig, folder: Path, in_sweep: bool) -> dict[str, Any]:
-    from iapt.check import load_config  # after Hydra: --cfg, --help and completion need no torch
-    from iapt.launch import launch
+    from iapt.methods.settings import load_config  # after Hydra: --cfg, --help and completion need no torch
+    from iapt.runs.launch import launch
 
     config = load_config(composed)
     if in_sweep:  # which runs a cell only if it is not settled, so whatever lies in its folder is to be continued
@@ -35,9 +35,9 @@ def _job(composed: DictConfig, folder: Path, in_sweep: bool) -> dict[str, Any]:
 
 
 def _cell(composed: DictConfig) -> str:
-    from iapt.check import load_config
-    from iapt.launch import with_absolute_paths
-    from iapt.sweep import cell_id, hash_of
+    from iapt.methods.settings import load_config
+    from iapt.runs.launch import with_absolute_paths
+    from iapt.runs.sweep import cell_id, hash_of
 
     try:
         return cell_id(with_absolute_paths(load_config(composed)))
@@ -48,7 +48,7 @@ def _cell(composed: DictConfig) -> str:
 
 
 def _problems(composed: DictConfig) -> list[str]:
-    from iapt.check import load_config
+    from iapt.methods.settings import load_config
 
     try:
         load_config(composed)

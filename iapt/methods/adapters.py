@@ -22,11 +22,14 @@ from typing import TYPE_CHECKING, Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from iapt.architecture import SUBLAYERS, find_sublayers
-from iapt.methods import MethodConfig, MethodSpec, SizeKnob, WeightMethod, register
+from iapt.config.fields import at_least, choice
+from iapt.config.method import MethodConfig, SizeKnob
+from iapt.methods.registry import MethodSpec, register
+from iapt.model.architecture import SUBLAYERS, find_sublayers
+from iapt.model.method import WeightMethod
 
 if TYPE_CHECKING:
-    from iapt.backbone import Backbone
+    from iapt.model.backbone import Backbone
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "gelu": F.gelu, "silu": F.silu, "tanh": F.tanh}
 
@@ -35,9 +38,9 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "gelu": F.
 class AdapterConfig(MethodConfig):
     """What both forms share. `sublayers`: which of `attention` and `ffn` get an adapter, in every layer."""
 
-    bottleneck: int = field(default=64, metadata={"minimum": 1})
+    bottleneck: int = at_least(64, 1)
     sublayers: list[str] = field(default_factory=lambda: list(SUBLAYERS))
-    activation: str = field(default="relu", metadata={"choices": tuple(ACTIVATIONS)})
+    activation: str = choice("relu", *ACTIVATIONS)
     bias: bool = False
 
     def problems(self) -> list[str]:
@@ -54,7 +57,7 @@ class AdapterConfig(MethodConfig):
 class HoulsbyConfig(AdapterConfig):
     """Sequential adapters. Both projections start at N(0, 0.01^2) cut at two standard deviations (Section 3.6)."""
 
-    activation: str = field(default="gelu", metadata={"choices": tuple(ACTIVATIONS)})
+    activation: str = choice("gelu", *ACTIVATIONS)
     bias: bool = True
 
 
@@ -62,7 +65,7 @@ class HoulsbyConfig(AdapterConfig):
 class ParallelAdapterConfig(AdapterConfig):
     """Parallel adapters. The up-projection starts at zero, the down-projection as LoRA's A does (Section 4.1)."""
 
-    scale: float = field(default=4.0, metadata={"minimum": 0})
+    scale: float = at_least(4.0, 0)
 
 
 class Bottleneck(nn.Module):

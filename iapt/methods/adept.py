@@ -12,27 +12,29 @@ training as in decoding (I). A starts as torch's linear maps do, Kaiming-uniform
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from iapt.methods import MethodSpec, SizeKnob, SoftPromptConfig, register
+from iapt.config.fields import at_least
+from iapt.config.method import SizeKnob, SoftPromptConfig
 from iapt.methods.prompt_tuning import PromptTuning, random_tokens
+from iapt.methods.registry import MethodSpec, register
 
 if TYPE_CHECKING:
-    from iapt.backbone import Backbone
+    from iapt.model.backbone import Backbone
 
 
 @dataclass
 class AdeptConfig(SoftPromptConfig):
     """`bottleneck` is r, `learning_rate` P's. Sizes are the authors' for T5-base at 100 soft tokens' budget."""
 
-    num_soft_tokens: int = field(default=60, metadata={"minimum": 1})
-    bottleneck: int = field(default=19, metadata={"minimum": 1})
-    dropout: float = field(default=0.1, metadata={"minimum": 0})
-    offset_learning_rate: float = field(default=1e-3, metadata={"minimum": 0})
+    num_soft_tokens: int = at_least(60, 1)
+    bottleneck: int = at_least(19, 1)
+    dropout: float = at_least(0.1, 0)
+    offset_learning_rate: float = at_least(1e-3, 0)
 
     def problems(self) -> list[str]:
         return [] if self.dropout < 1 else [f"method.dropout = {self.dropout}: must be below 1"]

@@ -14,13 +14,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from iapt.architecture import is_rewindable
-from iapt.errors import UserError
-from iapt.methods import MethodConfig, MethodSpec, WeightMethod, register
-from iapt.methods.reach import reached
+from iapt.config.errors import UserError
+from iapt.config.method import MethodConfig
+from iapt.methods.registry import MethodSpec, register
+from iapt.model.architecture import is_rewindable
+from iapt.model.method import WeightMethod
+from iapt.model.reach import reached
 
 if TYPE_CHECKING:
-    from iapt.backbone import Backbone
+    from iapt.model.backbone import Backbone
 
 
 @dataclass

@@ -14,28 +14,30 @@ training as in decoding (I). Tokens behind the first S, `max_offsets`, get none 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from iapt.methods import MethodSpec, SizeKnob, SoftPromptConfig, register
+from iapt.config.fields import at_least
+from iapt.config.method import SizeKnob, SoftPromptConfig
 from iapt.methods.prompt_tuning import PromptTuning, random_tokens
+from iapt.methods.registry import MethodSpec, register
 from iapt.nn.offsets import PositionOffsets, offset_parameters
 
 if TYPE_CHECKING:
-    from iapt.backbone import Backbone
+    from iapt.model.backbone import Backbone
 
 
 @dataclass
 class DeptConfig(SoftPromptConfig):
     """`max_offsets` is S, `learning_rate` P's. Sizes are the authors' for T5-base at 100 soft tokens' budget."""
 
-    num_soft_tokens: int = field(default=40, metadata={"minimum": 1})
-    rank: int = field(default=45, metadata={"minimum": 1})
-    max_offsets: int = field(default=256, metadata={"minimum": 1})
-    alpha: float = field(default=8.0, metadata={"minimum": 0})
-    offset_learning_rate: float = field(default=1e-3, metadata={"minimum": 0})
+    num_soft_tokens: int = at_least(40, 1)
+    rank: int = at_least(45, 1)
+    max_offsets: int = at_least(256, 1)
+    alpha: float = at_least(8.0, 0)
+    offset_learning_rate: float = at_least(1e-3, 0)
 
     def problems(self) -> list[str]:
         return [] if self.alpha > 0 else [f"method.alpha = {self.alpha}: must be above 0, it multiplies the offsets"]

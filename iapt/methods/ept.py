@@ -21,33 +21,35 @@ reads their products in the next ones. P has a learning rate of its own, as in D
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from iapt.methods import MethodSpec, SizeKnob, SoftPromptConfig, register
+from iapt.config.fields import at_least
+from iapt.config.method import SizeKnob, SoftPromptConfig
 from iapt.methods.prompt_tuning import PromptTuning, random_tokens
+from iapt.methods.registry import MethodSpec, register
 from iapt.nn.norm import unit_rms
 from iapt.nn.offsets import PositionOffsets, offset_parameters
 
 if TYPE_CHECKING:
-    from iapt.backbone import Backbone
+    from iapt.model.backbone import Backbone
 
 
 @dataclass
 class EptConfig(SoftPromptConfig):
     """`max_offsets`, `rank` and `alpha` as in DePT; `attention_width` is a, `num_spaces` K; `learning_rate` is P's."""
 
-    num_soft_tokens: int = field(default=40, metadata={"minimum": 1})
-    rank: int = field(default=45, metadata={"minimum": 1})
-    max_offsets: int = field(default=256, metadata={"minimum": 1})
-    alpha: float = field(default=8.0, metadata={"minimum": 0})
-    attention_width: int = field(default=16, metadata={"minimum": 1})
-    num_spaces: int = field(default=4, metadata={"minimum": 2})
-    projection_width: int = field(default=16, metadata={"minimum": 1})
-    network_learning_rate: float = field(default=5e-3, metadata={"minimum": 0})
+    num_soft_tokens: int = at_least(40, 1)
+    rank: int = at_least(45, 1)
+    max_offsets: int = at_least(256, 1)
+    alpha: float = at_least(8.0, 0)
+    attention_width: int = at_least(16, 1)
+    num_spaces: int = at_least(4, 2)
+    projection_width: int = at_least(16, 1)
+    network_learning_rate: float = at_least(5e-3, 0)
 
     def problems(self) -> list[str]:
         return [] if self.alpha > 0 else [f"method.alpha = {self.alpha}: must be above 0, it multiplies the offsets"]

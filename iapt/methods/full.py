@@ -15,11 +15,13 @@ from typing import TYPE_CHECKING, ClassVar
 
 from torch import nn
 
-from iapt.errors import UserError
-from iapt.methods import MethodConfig, MethodSpec, WeightMethod, register
+from iapt.config.errors import UserError
+from iapt.config.method import MethodConfig
+from iapt.methods.registry import MethodSpec, register
+from iapt.model.method import WeightMethod
 
 if TYPE_CHECKING:
-    from iapt.backbone import Backbone
+    from iapt.model.backbone import Backbone
 
 
 @dataclass

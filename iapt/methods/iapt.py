@@ -17,22 +17,23 @@ the activation (A).
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from iapt.activations import observe, write_activations
-from iapt.methods import BiLevel, MethodSpec, SizeKnob, SoftPrompt, SoftPromptConfig, register
+from iapt.config.fields import at_least, choice
+from iapt.config.method import SizeKnob, SoftPromptConfig
+from iapt.methods.registry import MethodSpec, register
+from iapt.model.method import BiLevel, SoftPrompt
 from iapt.nn.norm import to_read
 from iapt.nn.pooling import last_tokens, segment_pool, self_attention_pool
 from iapt.nn.rational import FITS, FUNCTIONS, Rational
 
 if TYPE_CHECKING:
-    from iapt.backbone import Backbone
+    from iapt.model.backbone import Backbone
 
 ACTIVATIONS = ("rational", "relu", "gelu", "silu", "tanh", "identity")
 
@@ -60,26 +61,24 @@ class IaptConfig(SoftPromptConfig):
             scale of P itself out again. No no-op even so: the keys still take their share of the attention.
     """
 
-    num_soft_tokens: int = field(default=4, metadata={"minimum": 1})
-    bottleneck: int = field(default=64, metadata={"minimum": 1})
-    position: str = field(
-        default="after_instruction", metadata={"choices": ("before_instruction", "after_instruction")}
-    )
-    share_every: int = field(default=1, metadata={"minimum": 1})
-    pooling: str = field(default="self_attention", metadata={"choices": ("self_attention", "mean", "max", "last")})
-    activation: str = field(default="rational", metadata={"choices": ACTIVATIONS})
+    num_soft_tokens: int = at_least(4, 1)
+    bottleneck: int = at_least(64, 1)
+    position: str = choice("after_instruction", "before_instruction", "after_instruction")
+    share_every: int = at_least(1, 1)
+    pooling: str = choice("self_attention", "self_attention", "mean", "max", "last")
+    activation: str = choice("rational", *ACTIVATIONS)
     upper_activation: str | None = None
-    rational_start: str = field(default="gelu", metadata={"choices": tuple(FUNCTIONS)})
+    rational_start: str = choice("gelu", *FUNCTIONS)
     numerator_degree: int = 6
     denominator_degree: int = 5
-    activation_training: str = field(default="strict", metadata={"choices": ("strict", "paper", "joint", "frozen")})
-    held_out_share: float = field(default=0.1, metadata={"minimum": 0})
+    activation_training: str = choice("strict", "strict", "paper", "joint", "frozen")
+    held_out_share: float = at_least(0.1, 0)
     # The source's value (S). Gradients grow like x^j: at the generator's rate a_6 would leave the useful range at once.
-    activation_learning_rate: float = field(default=1e-6, metadata={"minimum": 0})
+    activation_learning_rate: float = at_least(1e-6, 0)
     # Residual streams carry outlier channels that would own the pooling and blow up x^6.
     normalize_input: bool = True
-    output_start: str = field(default="normal", metadata={"choices": ("normal", "gated")})
-    output_std: float = field(default=0.02, metadata={"minimum": 0})  # of W_up's normal start
+    output_start: str = choice("normal", "normal", "gated")
+    output_std: float = at_least(0.02, 0)  # of W_up's normal start
 
     @property
     def degrees(self) -> tuple[int, int]:
@@ -167,10 +166,8 @@ class Iapt(SoftPrompt):
     def keys_values(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         return keys, values * self.gates[layer].tanh().to(values.dtype)
 
-    def write_report(self, folder: Path | None, encode: Callable[[], None]) -> list[str]:
-        """`activations.json` and `activations.png`: what every layer's activation was given and became."""
-        inputs = observe(self.activations, encode)
-        return write_activations(folder, list(self.activations), inputs) if folder else []
+    def observed(self) -> Sequence[nn.Module]:
+        return list(self.activations)
 
 
 def build(config: IaptConfig, backbone: Backbone) -> Iapt:

@@ -16,19 +16,22 @@ parameters (50M of LLaMA-2 7B), so a is a setting and smaller by default (I).
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from iapt.errors import UserError
-from iapt.methods import MethodSpec, SizeKnob, SoftPrompt, SoftPromptConfig, register
+from iapt.config.errors import UserError
+from iapt.config.fields import at_least, choice
+from iapt.config.method import SizeKnob, SoftPromptConfig
+from iapt.methods.registry import MethodSpec, register
+from iapt.model.method import SoftPrompt
 from iapt.nn.norm import to_read
 from iapt.nn.pooling import mean_pool
 
 if TYPE_CHECKING:
-    from iapt.backbone import Backbone
+    from iapt.model.backbone import Backbone
 
 
 @dataclass
@@ -36,13 +39,11 @@ class IdSpamConfig(SoftPromptConfig):
     """`layer`: k, how many layers run before the soft tokens enter. `attention_width`: a, null for the backbone's
     width. `bottleneck`: the MLP's inner width, the budget knob."""
 
-    num_soft_tokens: int = field(default=10, metadata={"minimum": 1})
-    position: str = field(
-        default="before_instruction", metadata={"choices": ("before_instruction", "after_instruction")}
-    )
-    layer: int = field(default=0, metadata={"minimum": 0})
-    attention_width: int | None = field(default=64, metadata={"minimum": 1})
-    bottleneck: int = field(default=64, metadata={"minimum": 1})
+    num_soft_tokens: int = at_least(10, 1)
+    position: str = choice("before_instruction", "before_instruction", "after_instruction")
+    layer: int = at_least(0, 0)
+    attention_width: int | None = at_least(64, 1)
+    bottleneck: int = at_least(64, 1)
     # Residual streams differ in scale between backbones and layers by orders of magnitude.
     normalize_input: bool = True
 

@@ -16,38 +16,39 @@ instruction token's state, or the mean over the instruction.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from iapt.errors import UserError
-from iapt.methods import MethodSpec, SizeKnob, SoftPrompt, SoftPromptConfig, register
+from iapt.config.errors import UserError
+from iapt.config.fields import at_least, choice
+from iapt.config.method import SizeKnob, SoftPromptConfig
+from iapt.methods.registry import MethodSpec, register
+from iapt.model.method import SoftPrompt
 from iapt.nn.norm import to_read
 from iapt.nn.phm import PHMLinear, phm_parameters
 from iapt.nn.pooling import mean_pool
 
 if TYPE_CHECKING:
-    from iapt.backbone import Backbone
+    from iapt.model.backbone import Backbone
 
 
 @dataclass
 class IdpgConfig(SoftPromptConfig):
     """Defaults are the authors' shipped ones: 5 tokens, bottleneck 16, PHM with n = 16, dropout 0.1."""
 
-    num_soft_tokens: int = field(default=5, metadata={"minimum": 1})
-    bottleneck: int = field(default=16, metadata={"minimum": 1})
-    layers: str = field(default="multi", metadata={"choices": ("single", "multi")})
-    projection: str = field(default="phm", metadata={"choices": ("dense", "phm")})
-    phm_n: int = field(default=16, metadata={"minimum": 1})
-    sharing: str = field(default="layer_bias", metadata={"choices": ("layer_bias", "all", "none")})
-    pooling: str = field(default="last", metadata={"choices": ("last", "mean")})
-    position: str = field(
-        default="before_instruction", metadata={"choices": ("before_instruction", "after_instruction")}
-    )
-    dropout: float = field(default=0.1, metadata={"minimum": 0})
+    num_soft_tokens: int = at_least(5, 1)
+    bottleneck: int = at_least(16, 1)
+    layers: str = choice("multi", "single", "multi")
+    projection: str = choice("phm", "dense", "phm")
+    phm_n: int = at_least(16, 1)
+    sharing: str = choice("layer_bias", "layer_bias", "all", "none")
+    pooling: str = choice("last", "last", "mean")
+    position: str = choice("before_instruction", "before_instruction", "after_instruction")
+    dropout: float = at_least(0.1, 0)
     normalize_input: bool = True
 
     def problems(self) -> list[str]:

@@ -21,29 +21,30 @@ the same for every instance.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from iapt.methods import MethodSpec, SizeKnob, SoftPrompt, SoftPromptConfig, register
+from iapt.config.fields import at_least, choice
+from iapt.config.method import SizeKnob, SoftPromptConfig
+from iapt.methods.registry import MethodSpec, register
+from iapt.model.method import SoftPrompt
 from iapt.nn.norm import to_read
 
 if TYPE_CHECKING:
-    from iapt.backbone import Backbone
+    from iapt.model.backbone import Backbone
 
 
 @dataclass
 class IptConfig(SoftPromptConfig):
     """`num_soft_tokens`: s (R: 100). `bottleneck`: r, the budget knob; even with encoder lstm."""
 
-    num_soft_tokens: int = field(default=20, metadata={"minimum": 1})
-    position: str = field(
-        default="before_instruction", metadata={"choices": ("before_instruction", "after_instruction")}
-    )
-    encoder: str = field(default="mlp", metadata={"choices": ("identity", "mlp", "lstm")})
-    bottleneck: int = field(default=64, metadata={"minimum": 1})
+    num_soft_tokens: int = at_least(20, 1)
+    position: str = choice("before_instruction", "before_instruction", "after_instruction")
+    encoder: str = choice("mlp", "identity", "mlp", "lstm")
+    bottleneck: int = at_least(64, 1)
     # Token embeddings differ in scale between backbones by orders of magnitude; tanh would be linear on small ones.
     normalize_input: bool = True
 

@@ -8,14 +8,15 @@ from typing import TYPE_CHECKING
 import torch.nn.functional as F
 from torch import Tensor
 
-from iapt.errors import UserError
-from iapt.methods import SizeKnob, SoftPromptConfig
+from iapt.config.errors import UserError
+from iapt.config.fields import at_least, choice
+from iapt.config.method import SizeKnob, SoftPromptConfig
 from iapt.methods.prompt_tuning import PromptTuningConfig, draw_start
 
 if TYPE_CHECKING:
-    from iapt.backbone import Backbone
-    from iapt.batch import Batch
-    from iapt.config import TaskConfig
+    from iapt.config.task import TaskConfig
+    from iapt.data.batch import Batch
+    from iapt.model.backbone import Backbone
 
 
 @dataclass
@@ -23,10 +24,8 @@ class LabelPromptConfig(SoftPromptConfig):
     """`label_words` are the task's, in its order; the soft tokens start from their embeddings."""
 
     label_words: list[str] = field(default_factory=list)
-    num_soft_tokens: int = field(default=20, metadata={"minimum": 1})
-    position: str = field(
-        default="before_instruction", metadata={"choices": ("before_instruction", "after_instruction")}
-    )
+    num_soft_tokens: int = at_least(20, 1)
+    position: str = choice("before_instruction", "before_instruction", "after_instruction")
 
     def problems_with(self, task: TaskConfig) -> list[str]:
         if not task.label_column:

@@ -10,30 +10,31 @@ instruction, from a pass of its own (I). P enters at the input and its states ru
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from iapt.methods import MethodSpec, SizeKnob, SoftPrompt, SoftPromptConfig, register
+from iapt.config.fields import at_least, choice
+from iapt.config.method import SizeKnob, SoftPromptConfig
 from iapt.methods.prompt_tuning import random_tokens
+from iapt.methods.registry import MethodSpec, register
+from iapt.model.method import SoftPrompt
 
 if TYPE_CHECKING:
-    from iapt.backbone import Backbone
+    from iapt.model.backbone import Backbone
 
 
 @dataclass
 class LopaConfig(SoftPromptConfig):
     """`rank` is r; `head_width` the heads' inner width, null for the backbone's, as the authors have the encoder's."""
 
-    num_soft_tokens: int = field(default=10, metadata={"minimum": 1})
-    position: str = field(
-        default="before_instruction", metadata={"choices": ("before_instruction", "after_instruction")}
-    )
-    rank: int = field(default=4, metadata={"minimum": 1})
-    head_width: int | None = field(default=None, metadata={"minimum": 1})
-    dropout: float = field(default=0.1, metadata={"minimum": 0})
+    num_soft_tokens: int = at_least(10, 1)
+    position: str = choice("before_instruction", "before_instruction", "after_instruction")
+    rank: int = at_least(4, 1)
+    head_width: int | None = at_least(None, 1)
+    dropout: float = at_least(0.1, 0)
 
     def problems(self) -> list[str]:
         return [] if self.dropout < 1 else [f"method.dropout = {self.dropout}: must be below 1"]

@@ -12,18 +12,21 @@ layer k, so their positions are counted from the start too (I).
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
-from iapt.errors import UserError
-from iapt.methods import MethodSpec, SizeKnob, SoftPrompt, SoftPromptConfig, register
+from iapt.config.errors import UserError
+from iapt.config.fields import at_least, choice
+from iapt.config.method import SizeKnob, SoftPromptConfig
+from iapt.methods.registry import MethodSpec, register
+from iapt.model.method import SoftPrompt
 from iapt.nn.norm import to_read
 from iapt.nn.pooling import segment_pool
 
 if TYPE_CHECKING:
-    from iapt.backbone import Backbone
+    from iapt.model.backbone import Backbone
 
 
 @dataclass
@@ -31,15 +34,13 @@ class LptConfig(SoftPromptConfig):
     """`layer`: how many layers run before the soft tokens enter; null: half of them. `reduce` is read with generator
     pooling. The authors use 5 soft tokens and a bottleneck of 128."""
 
-    num_soft_tokens: int = field(default=5, metadata={"minimum": 1})
-    position: str = field(
-        default="before_instruction", metadata={"choices": ("before_instruction", "after_instruction")}
-    )
-    layer: int | None = field(default=None, metadata={"minimum": 0})
-    generator: str = field(default="naive", metadata={"choices": ("naive", "pooling")})
-    reduce: str = field(default="mean", metadata={"choices": ("mean", "max")})
-    bottleneck: int = field(default=64, metadata={"minimum": 1})
-    dropout: float = field(default=0.1, metadata={"minimum": 0})
+    num_soft_tokens: int = at_least(5, 1)
+    position: str = choice("before_instruction", "before_instruction", "after_instruction")
+    layer: int | None = at_least(None, 0)
+    generator: str = choice("naive", "naive", "pooling")
+    reduce: str = choice("mean", "mean", "max")
+    bottleneck: int = at_least(64, 1)
+    dropout: float = at_least(0.1, 0)
     # Residual streams differ in scale between backbones and layers by orders of magnitude.
     normalize_input: bool = True
 

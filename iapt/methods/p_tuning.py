@@ -11,16 +11,19 @@ After training only P matters, but the encoder is what is saved: training can go
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from iapt.methods import MethodSpec, SizeKnob, SoftPrompt, SoftPromptConfig, register
+from iapt.config.fields import at_least, choice
+from iapt.config.method import SizeKnob, SoftPromptConfig
+from iapt.methods.registry import MethodSpec, register
+from iapt.model.method import SoftPrompt
 
 if TYPE_CHECKING:
-    from iapt.backbone import Backbone
+    from iapt.model.backbone import Backbone
 
 
 @dataclass
@@ -28,12 +31,10 @@ class PTuningConfig(SoftPromptConfig):
     """`encoder_width`: the mlp's inner width, or what the LSTM's two directions make together; null: the
     backbone's, so each direction has half of it."""
 
-    num_soft_tokens: int = field(default=20, metadata={"minimum": 1})
-    position: str = field(
-        default="before_instruction", metadata={"choices": ("before_instruction", "after_instruction")}
-    )
-    encoder: str = field(default="lstm", metadata={"choices": ("mlp", "lstm")})
-    encoder_width: int | None = field(default=None, metadata={"minimum": 1})
+    num_soft_tokens: int = at_least(20, 1)
+    position: str = choice("before_instruction", "before_instruction", "after_instruction")
+    encoder: str = choice("lstm", "mlp", "lstm")
+    encoder_width: int | None = at_least(None, 1)
 
     def problems(self) -> list[str]:
         if self.encoder == "lstm" and self.encoder_width is not None and self.encoder_width % 2:

@@ -21,20 +21,21 @@ nothing else is needed to load it; afterwards it takes no part.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from iapt.methods import MethodSpec, register
+from iapt.config.fields import at_least, choice
 from iapt.methods.prompt_tuning import PromptTuning, PromptTuningConfig, count, draw_start
+from iapt.methods.registry import MethodSpec, register
+from iapt.model.method import Passes
 
 if TYPE_CHECKING:
-    from iapt.backbone import Backbone
-    from iapt.batch import Batch
-    from iapt.model import AdaptedModel
+    from iapt.data.batch import Batch
+    from iapt.model.backbone import Backbone
 
 
 @dataclass
@@ -43,11 +44,11 @@ class PandaConfig(PromptTuningConfig):
     `fresh`, as `init` says, or at the `source` prompt. `adaptive` false: lambda does without the transferability.
     `schedule` warmup_decay: a rise over the first `warmup_ratio` of the steps, then a fall to 0, both linear."""
 
-    student_start: str = field(default="fresh", metadata={"choices": ("fresh", "source")})
-    weight: float = field(default=0.01, metadata={"minimum": 0})
+    student_start: str = choice("fresh", "fresh", "source")
+    weight: float = at_least(0.01, 0)
     adaptive: bool = True
-    schedule: str = field(default="constant", metadata={"choices": ("constant", "warmup_decay")})
-    warmup_ratio: float = field(default=0.1, metadata={"minimum": 0})
+    schedule: str = choice("constant", "constant", "warmup_decay")
+    warmup_ratio: float = at_least(0.1, 0)
 
     def problems(self) -> list[str]:
         found = super().problems()
@@ -108,20 +109,20 @@ class Panda(PromptTuning):
             return (self._step + 1) / warmup
         return (self._total - self._step) / max(self._total - warmup, 1)
 
-    def objective(self, model: AdaptedModel, batch: Batch) -> Tensor | None:
+    def objective(self, model: Passes, batch: Batch) -> Tensor | None:
         """CE + lambda MSE while training, the cross-entropy otherwise."""
         if not self.training:
             return None
-        from iapt.model import cross_entropy
+        from iapt.model.adapted import cross_entropy
 
         # The pass that carries gradient comes last: activation checkpointing repeats the last one.
         self._teaching = True
         try:
             with torch.no_grad():
-                wanted = model.engine.response_logits(batch).float()
+                wanted = model.response_logits(batch).float()
         finally:
             self._teaching = False
-        logits = model.engine.response_logits(batch)
+        logits = model.response_logits(batch)
         apart = ((logits.float() - wanted) ** 2).mean(-1)
         return cross_entropy(logits, batch) + self.distillation_weight() * (apart * batch.response_mask).sum()
 

@@ -18,23 +18,24 @@ bi-level, or a fixed function.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from iapt.activations import observe, write_activations
-from iapt.architecture import part_of
-from iapt.methods import BiLevel, MethodSpec, SizeKnob, SoftPrompt, SoftPromptConfig, register
+from iapt.config.fields import at_least, choice
+from iapt.config.method import SizeKnob, SoftPromptConfig
+from iapt.methods.registry import MethodSpec, register
+from iapt.model.architecture import part_of
+from iapt.model.method import BiLevel, SoftPrompt
 from iapt.nn.norm import to_read
 from iapt.nn.pooling import self_attention_pool
 from iapt.nn.rational import FUNCTIONS, Rational
 
 if TYPE_CHECKING:
-    from iapt.backbone import Backbone
+    from iapt.model.backbone import Backbone
 
 PARTS = ("query", "value", "inner")
 
@@ -52,11 +53,11 @@ class ParaConfig(SoftPromptConfig):
         activation_learning_rate: of the coefficients, as IAPT has it.
     """
 
-    bottleneck: int = field(default=12, metadata={"minimum": 1})
-    activation: str = field(default="rational", metadata={"choices": ("rational", *FUNCTIONS)})
-    activation_training: str = field(default="strict", metadata={"choices": ("strict", "joint", "frozen")})
-    held_out_share: float = field(default=0.1, metadata={"minimum": 0})
-    activation_learning_rate: float = field(default=1e-6, metadata={"minimum": 0})
+    bottleneck: int = at_least(12, 1)
+    activation: str = choice("rational", "rational", *FUNCTIONS)
+    activation_training: str = choice("strict", "strict", "joint", "frozen")
+    held_out_share: float = at_least(0.1, 0)
+    activation_learning_rate: float = at_least(1e-6, 0)
     # Residual streams carry outlier channels that would own the pooling and blow up x^6.
     normalize_input: bool = True
 
@@ -115,10 +116,8 @@ class Para(SoftPrompt):
         states = to_read(states, generator.down, self.normalize_input)
         return dict(zip(self.scales, generator(states, mask, self.activations[layer]), strict=True))
 
-    def write_report(self, folder: Path | None, encode: Callable[[], None]) -> list[str]:
-        """`activations.json` and `activations.png`: what every layer's activation was given and became."""
-        inputs = observe(self.activations, encode)
-        return write_activations(folder, list(self.activations), inputs) if folder else []
+    def observed(self) -> Sequence[nn.Module]:
+        return list(self.activations)
 
 
 def widths(backbone: Backbone) -> list[list[int]]:

@@ -13,26 +13,26 @@ Not here: the distillation that gives the paper its small backbone; a start at t
 backbones of one width; and differential privacy, which belongs to the source's own training (per-example gradients,
 noise, an accountant): this objective reads nothing but the finished source.
 
-The source is read when training first asks for it, and is no part of the adapter: a saved one loads without it.
+The source is read before training starts, and is no part of the adapter: a saved one loads without it.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from iapt.errors import UserError
-from iapt.methods import MethodSpec, SoftPrompt, register
+from iapt.config.errors import UserError
+from iapt.config.fields import at_least
 from iapt.methods.prompt_tuning import PromptTuning, PromptTuningConfig, count, draw_start
+from iapt.methods.registry import MethodSpec, register
+from iapt.model.method import Passes, SoftPrompt
 
 if TYPE_CHECKING:
-    from iapt.backbone import Backbone
-    from iapt.batch import Batch
-    from iapt.model import AdaptedModel
+    from iapt.data.batch import Batch
+    from iapt.model.backbone import Backbone
 
 KEY = "method.source"
 
@@ -42,8 +42,8 @@ class PostConfig(PromptTuningConfig):
     """`source` is the run to learn from: any soft-prompt method's, on a backbone with this one's vocabulary."""
 
     source: str | None = field(default=None, metadata={"adapter": True})
-    alpha: float = field(default=0.5, metadata={"minimum": 0})
-    temperature: float = field(default=2.0, metadata={"minimum": 0})
+    alpha: float = at_least(0.5, 0)
+    temperature: float = at_least(2.0, 0)
 
     def problems(self) -> list[str]:
         found = super().problems()
@@ -62,14 +62,18 @@ class Post(PromptTuning):
     def __init__(self, config: PostConfig, start: Tensor) -> None:
         super().__init__(start, config.position)
         self.config = config
-        self._source: tuple[AdaptedModel, ...] = ()  # in a tuple, where nn.Module sees no submodule
+        self._source: tuple[Passes, ...] = ()  # in a tuple, where nn.Module sees no submodule
 
-    def learn_from(self, source: AdaptedModel, target: Backbone) -> None:
+    def learn_from(self, source: Passes, target: Backbone) -> None:
         """Take `source`, frozen and in eval mode, for the teacher of a prompt on `target`.
 
         Raises:
-            UserError: if their vocabularies differ.
+            UserError: if their vocabularies differ, or it is no soft prompt's.
         """
+        if not isinstance(source.method, SoftPrompt):
+            raise UserError(
+                f"{KEY} = {self.config.source}: holds an adapter of {type(source.method).__name__}, not a soft prompt's"
+            )
         sizes = [backbone.lm.config.vocab_size for backbone in (source.backbone, target)]
         if sizes[0] != sizes[1]:
             raise UserError(f"{KEY} = {self.config.source}: its backbone has {sizes[0]} tokens, this one {sizes[1]}")
@@ -80,12 +84,14 @@ class Post(PromptTuning):
                 f"{KEY} = {self.config.source}: its backbone's tokenizer is not this one's: token {theirs[strange]} is "
                 f"{strange!r} there"
             )
-        self._source = (source.requires_grad_(False).eval(),)
+        source.lm.requires_grad_(False)
+        source.method.requires_grad_(False).eval()
+        self._source = (source,)
 
-    def objective(self, model: AdaptedModel, batch: Batch) -> Tensor:
+    def objective(self, model: Passes, batch: Batch) -> Tensor:
         """The two divergences, in training and for the dev loss. Raises UserError for a source that does not fit."""
         if not self._source:
-            self.learn_from(_read(self.config.source, model), model.backbone)
+            raise UserError(f"{KEY} = {self.config.source}: nothing to learn from; call learn_from before training")
         alpha, temperature = self.config.alpha, self.config.temperature
         # The pass that carries gradient comes last: activation checkpointing repeats the last one.
         with torch.no_grad():
@@ -99,7 +105,7 @@ class Post(PromptTuning):
         return (cost * batch.response_mask).sum()
 
 
-def _both(source: AdaptedModel, batch: Batch) -> tuple[Tensor, Tensor]:
+def _both(source: Passes, batch: Batch) -> tuple[Tensor, Tensor]:
     """The source's logits without and with its prompt."""
     moved = batch.to(source.lm.device)
     with source.disabled():
@@ -107,8 +113,8 @@ def _both(source: AdaptedModel, batch: Batch) -> tuple[Tensor, Tensor]:
     return bare, _logits(source, moved)
 
 
-def _logits(model: AdaptedModel, batch: Batch) -> Tensor:
-    logits = model.engine.response_logits(batch)
+def _logits(model: Passes, batch: Batch) -> Tensor:
+    logits = model.response_logits(batch)
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
@@ -116,21 +122,6 @@ def _divergence(teacher: Tensor, student: Tensor, temperature: float) -> Tensor:
     """KL(softmax(teacher / T) || softmax(student / T)) over the last dimension."""
     p, q = (logits.div(temperature).log_softmax(-1) for logits in (teacher, student))
     return (p.exp() * (p - q)).sum(-1)
-
-
-def _read(folder: str | None, model: AdaptedModel) -> AdaptedModel:
-    """The model that a run left, on the device of `model`; leaves torch's random numbers as they were."""
-    from iapt.restore import build_model, read_saved
-
-    if folder is None:
-        raise UserError(f"{KEY} = null: nothing to learn from; give a run's folder, or call learn_from")
-    device = model.lm.device
-    saved = read_saved(Path(folder).expanduser(), {"hardware": {"device": device.type}}, KEY)
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        source, _ = build_model(saved)
-    if not isinstance(source.method, SoftPrompt):
-        raise UserError(f"{KEY} = {folder}: holds an adapter of method {saved.config.method.name}, not a soft prompt's")
-    return source
 
 
 def build(config: PostConfig, backbone: Backbone) -> Post:

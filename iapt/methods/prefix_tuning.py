@@ -14,19 +14,22 @@ Either way the soft columns stand in the sequence: text positions start at s bef
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from iapt.architecture import arguments_of, check_keys_and_values, is_rewindable
-from iapt.cache import PassCache
-from iapt.errors import UserError
-from iapt.methods import MethodSpec, SizeKnob, SoftPrompt, SoftPromptConfig, register
+from iapt.config.errors import UserError
+from iapt.config.fields import at_least, choice
+from iapt.config.method import SizeKnob, SoftPromptConfig
+from iapt.methods.registry import MethodSpec, register
+from iapt.model.architecture import arguments_of, check_keys_and_values, is_rewindable
+from iapt.model.cache import PassCache
+from iapt.model.method import SoftPrompt
 
 if TYPE_CHECKING:
-    from iapt.backbone import Backbone
+    from iapt.model.backbone import Backbone
 
 
 @dataclass
@@ -34,15 +37,13 @@ class PrefixTuningConfig(SoftPromptConfig):
     """`mlp_width` is read with reparameterization mlp, `low_dim` with projected. `init_std`: standard deviation of
     what a layer is given at the start with none and projected; the mlp starts as torch's linear maps do."""
 
-    num_soft_tokens: int = field(default=10, metadata={"minimum": 1})
-    position: str = field(
-        default="before_instruction", metadata={"choices": ("before_instruction", "after_instruction")}
-    )
-    form: str = field(default="keys_values", metadata={"choices": ("keys_values", "states")})
-    reparameterization: str = field(default="mlp", metadata={"choices": ("none", "mlp", "projected")})
-    mlp_width: int = field(default=64, metadata={"minimum": 1})
-    low_dim: int = field(default=16, metadata={"minimum": 1})
-    init_std: float = field(default=0.02, metadata={"minimum": 0})
+    num_soft_tokens: int = at_least(10, 1)
+    position: str = choice("before_instruction", "before_instruction", "after_instruction")
+    form: str = choice("keys_values", "keys_values", "states")
+    reparameterization: str = choice("mlp", "none", "mlp", "projected")
+    mlp_width: int = at_least(64, 1)
+    low_dim: int = at_least(16, 1)
+    init_std: float = at_least(0.02, 0)
 
     def size_knob(self) -> SizeKnob:
         knobs = {"none": "num_soft_tokens", "mlp": "mlp_width", "projected": "low_dim"}

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from iapt.errors import UserError
-from iapt.methods import MethodSpec, SizeKnob, SoftPrompt, SoftPromptConfig, register
+from iapt.config.errors import UserError
+from iapt.config.fields import at_least, choice
+from iapt.config.method import SizeKnob, SoftPromptConfig
+from iapt.methods.registry import MethodSpec, register
+from iapt.model.method import SoftPrompt
 
 if TYPE_CHECKING:
-    from iapt.backbone import Backbone
+    from iapt.model.backbone import Backbone
 
 
 @dataclass
@@ -20,12 +23,10 @@ class PromptTuningConfig(SoftPromptConfig):
     """`init`: random draws N(0, `init_std`^2), vocabulary copies embeddings of random tokens, text copies the
     embeddings of `init_text`, repeated or cut to `num_soft_tokens`."""
 
-    num_soft_tokens: int = field(default=20, metadata={"minimum": 1})
-    position: str = field(
-        default="before_instruction", metadata={"choices": ("before_instruction", "after_instruction")}
-    )
-    init: str = field(default="vocabulary", metadata={"choices": ("random", "vocabulary", "text")})
-    init_std: float = field(default=0.02, metadata={"minimum": 0})
+    num_soft_tokens: int = at_least(20, 1)
+    position: str = choice("before_instruction", "before_instruction", "after_instruction")
+    init: str = choice("vocabulary", "random", "vocabulary", "text")
+    init_std: float = at_least(0.02, 0)
     init_text: str | None = None
 
     def problems(self) -> list[str]:

@@ -14,26 +14,27 @@ The authors' multi-label form (a binary cross-entropy for each label) is left ou
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
-from iapt.methods import MethodSpec, register
+from iapt.config.fields import at_least
 from iapt.methods.labels import LabelPromptConfig, label_loss, start_of
 from iapt.methods.prompt_tuning import PromptTuning
+from iapt.methods.registry import MethodSpec, register
+from iapt.model.method import Passes
 
 if TYPE_CHECKING:
-    from iapt.backbone import Backbone
-    from iapt.batch import Batch
-    from iapt.model import AdaptedModel
+    from iapt.data.batch import Batch
+    from iapt.model.backbone import Backbone
 
 
 @dataclass
 class PtecConfig(LabelPromptConfig):
     """`head_learning_rate` is the head's, `learning_rate` the soft tokens'."""
 
-    head_learning_rate: float = field(default=1e-3, metadata={"minimum": 0})
+    head_learning_rate: float = at_least(1e-3, 0)
 
 
 class Ptec(PromptTuning):
@@ -44,18 +45,18 @@ class Ptec(PromptTuning):
         self.head = nn.Linear(start.shape[1], len(config.label_words))
         self.own_rates = {"head": config.head_learning_rate}
 
-    def objective(self, model: AdaptedModel, batch: Batch) -> Tensor:
+    def objective(self, model: Passes, batch: Batch) -> Tensor:
         return label_loss(self._logits(model, batch), batch)
 
-    def choose(self, model: AdaptedModel, batch: Batch) -> Tensor:
+    def choose(self, model: Passes, batch: Batch) -> Tensor:
         """(B, C) log-probabilities. Raises ValueError for a batch with another number of choices."""
         assert batch.choice_ids is not None
         if (labels := self.head.out_features) != batch.choice_ids.shape[1]:
             raise ValueError(f"the head knows {labels} labels, the batch has {batch.choice_ids.shape[1]} choices")
         return self._logits(model, batch).log_softmax(-1)
 
-    def _logits(self, model: AdaptedModel, batch: Batch) -> Tensor:
-        return self.head(model.engine.instruction_states(batch).to(self.head.weight.dtype))
+    def _logits(self, model: Passes, batch: Batch) -> Tensor:
+        return self.head(model.instruction_states(batch).to(self.head.weight.dtype))
 
 
 def build(config: PtecConfig, backbone: Backbone) -> Ptec:

@@ -11,22 +11,23 @@ from __future__ import annotations
 import dataclasses
 import math
 import random
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from iapt.errors import UserError
-from iapt.methods import Method, MethodConfig, MethodSpec, register
+from iapt.config.errors import UserError
+from iapt.config.fields import at_least
+from iapt.config.method import MethodConfig
+from iapt.methods.registry import MethodSpec, register
+from iapt.model.method import Method, Passes
 
 if TYPE_CHECKING:
-    from iapt.backbone import Backbone
-    from iapt.batch import Batch
-    from iapt.model import AdaptedModel
-    from iapt.tasks import Example, Task
+    from iapt.data.batch import Batch
+    from iapt.data.task import Example, Task
+    from iapt.model.backbone import Backbone
 
 MOST_LABELS = 256  # the prior's buffer has one size, since the backbone alone must tell an adapter's shapes
 
@@ -40,7 +41,7 @@ class ZeroShotConfig(MethodConfig):
 class InContextConfig(MethodConfig):
     """`shots`: demonstrations before an instruction, as many as fit; `joiner`: what stands behind each."""
 
-    shots: int = field(default=4, metadata={"minimum": 1})
+    shots: int = at_least(4, 1)
     joiner: str = "\n\n"
 
 
@@ -48,7 +49,7 @@ class InContextConfig(MethodConfig):
 class CalibratedConfig(MethodConfig):
     """`examples`: how many training instructions, their labels unused, the prior is estimated from."""
 
-    examples: int = field(default=64, metadata={"minimum": 1})
+    examples: int = at_least(64, 1)
 
 
 class Reference(Method):
@@ -75,7 +76,7 @@ class Calibrated(Method):
         self.register_buffer("log_prior", torch.zeros(MOST_LABELS))
         self.register_buffer("labels", torch.zeros(()))
 
-    def fit(self, model: AdaptedModel, batches: Iterable[Batch]) -> None:
+    def fit(self, model: Passes, batches: Iterable[Batch]) -> None:
         """prior = the mean of softmax(scores) over the first `examples` instructions, Zhou et al.'s estimate.
 
         Raises:
@@ -109,7 +110,7 @@ class Calibrated(Method):
             )
         return scores - self.log_prior[: scores.shape[1]]
 
-    def write_report(self, folder: Path | None, encode: Callable[[], None]) -> list[str]:
+    def findings(self) -> list[str]:
         labels = int(self.labels)
         if not labels:
             return ["calibrated: this task has no label scores to calibrate, so it equals zero_shot"]

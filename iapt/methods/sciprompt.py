@@ -22,15 +22,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from iapt.methods import MethodSpec, register
+from iapt.config.fields import choice
 from iapt.methods.labels import LabelPromptConfig, label_loss, start_of
 from iapt.methods.prompt_tuning import PromptTuning
+from iapt.methods.registry import MethodSpec, register
+from iapt.model.method import Passes
 
 if TYPE_CHECKING:
-    from iapt.backbone import Backbone
-    from iapt.batch import Batch
-    from iapt.model import AdaptedModel
-    from iapt.tasks import Task
+    from iapt.data.batch import Batch
+    from iapt.data.task import Task
+    from iapt.model.backbone import Backbone
 
 
 @dataclass
@@ -44,7 +45,7 @@ class SciPromptConfig(LabelPromptConfig):
     """
 
     words: dict[str, list[str]] = field(default_factory=dict)
-    weighting: str = field(default="similarity", metadata={"choices": ("similarity", "uniform")})
+    weighting: str = choice("similarity", "similarity", "uniform")
     normalize_terms: bool = False
 
     def terms(self) -> list[list[str]]:
@@ -84,10 +85,10 @@ class SciPrompt(PromptTuning):
         owners = torch.arange(self.labels).repeat_interleave(torch.tensor(list(map(len, weights))))
         self.register_buffer("owners", owners, persistent=False)
 
-    def objective(self, model: AdaptedModel, batch: Batch) -> Tensor:
+    def objective(self, model: Passes, batch: Batch) -> Tensor:
         return label_loss(self._scores(model, batch), batch)
 
-    def choose(self, model: AdaptedModel, batch: Batch) -> Tensor:
+    def choose(self, model: Passes, batch: Batch) -> Tensor:
         """(B, C) weighted means of the terms' log-probabilities, in nats.
 
         Args:
@@ -98,7 +99,7 @@ class SciPrompt(PromptTuning):
         """
         return self._scores(model, batch)
 
-    def _scores(self, model: AdaptedModel, batch: Batch) -> Tensor:
+    def _scores(self, model: Passes, batch: Batch) -> Tensor:
         found = model.likelihoods(batch)
         if found.shape[1] != len(self.weights):
             raise ValueError(f"there are {len(self.weights)} terms, the batch has {found.shape[1]} choices")

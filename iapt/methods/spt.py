@@ -21,21 +21,22 @@ A checkpoint from before that is never chosen. `count` is of the search; what is
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from iapt.errors import UserError
-from iapt.methods import BiLevel, MethodSpec, SizeKnob, SoftPrompt, SoftPromptConfig, register
+from iapt.config.errors import UserError
+from iapt.config.fields import at_least, choice
+from iapt.config.method import SizeKnob, SoftPromptConfig
+from iapt.methods.registry import MethodSpec, register
+from iapt.model.method import BiLevel, SoftPrompt
 from iapt.nn.norm import to_read
 from iapt.nn.pooling import segment_pool
 
 if TYPE_CHECKING:
-    from iapt.backbone import Backbone
+    from iapt.model.backbone import Backbone
 
 
 @dataclass
@@ -54,21 +55,19 @@ class SptConfig(SoftPromptConfig):
         gate_learning_rate: large, since a gate that hardly moves in so short a search says little about its layer (I).
     """
 
-    num_soft_tokens: int = field(default=5, metadata={"minimum": 1})
-    position: str = field(
-        default="before_instruction", metadata={"choices": ("before_instruction", "after_instruction")}
-    )
-    bottleneck: int = field(default=64, metadata={"minimum": 1})
-    reduce: str = field(default="mean", metadata={"choices": ("mean", "max")})
-    keep: int | None = field(default=None, metadata={"minimum": 1})
+    num_soft_tokens: int = at_least(5, 1)
+    position: str = choice("before_instruction", "before_instruction", "after_instruction")
+    bottleneck: int = at_least(64, 1)
+    reduce: str = choice("mean", "mean", "max")
+    keep: int | None = at_least(None, 1)
     layers: list[int] | None = None
     search_share: float = 0.5
-    gate_training: str = field(default="strict", metadata={"choices": ("strict", "paper", "joint")})
+    gate_training: str = choice("strict", "strict", "paper", "joint")
     held_out_share: float = 0.1
-    gate_learning_rate: float = field(default=1e-1, metadata={"minimum": 0})
+    gate_learning_rate: float = at_least(1e-1, 0)
     # Residual streams differ in scale between backbones and layers by orders of magnitude.
     normalize_input: bool = True
-    output_std: float = field(default=0.02, metadata={"minimum": 0})  # of W_up's start
+    output_std: float = at_least(0.02, 0)  # of W_up's start
 
     def problems(self) -> list[str]:
         found = [
@@ -205,10 +204,8 @@ class Spt(SoftPrompt):
         for layer, generator in self.generators.items():
             generator.requires_grad_(kept[int(layer)])
 
-    def write_report(self, folder: Path | None, encode: Callable[[], None]) -> list[str]:
+    def findings(self) -> list[str]:
         """One line: the layers that are kept, every layer's gate, and how many parameters are active."""
-        if folder is None:
-            return []
         kept = [layer for layer, stays in enumerate(self.kept.tolist()) if stays]
         active = sum(p.numel() for layer in kept for p in self.generators[str(layer)].parameters())
         total = sum(p.numel() for p in self.parameters())

@@ -26,8 +26,8 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from iapt.config import Config
-from iapt.model import AdaptedModel
+from iapt.config.schema import Config
+from iapt.model.adapted import AdaptedModel
 from iapt.preflight.checks import WHAT, Probe
 from iapt.preflight.tools import no_room, undisturbed
 

@@ -9,11 +9,11 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from iapt.batch import Batch
-from iapt.decoding import end_tokens
-from iapt.errors import UserError
-from iapt.methods import Method
-from iapt.model import AdaptedModel, cross_entropy
+from iapt.config.errors import UserError
+from iapt.data.batch import Batch
+from iapt.model.adapted import AdaptedModel, cross_entropy
+from iapt.model.decoding import end_tokens
+from iapt.model.method import Method
 from iapt.preflight.known import known_there
 from iapt.preflight.tools import FLOOR, LENGTHS, SPARE, distance, move, rounding_errors, rows, unreached
 

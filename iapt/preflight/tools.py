@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from iapt.batch import Batch, Encoded, collate
-from iapt.methods import SoftPrompt
-from iapt.model import AdaptedModel
+from iapt.data.batch import Batch, Encoded, collate
+from iapt.model.adapted import AdaptedModel
+from iapt.model.method import SoftPrompt
 
 LENGTHS = ((6, 4), (2, 3))  # tokens of instruction and response of each row; two are the fewest that a run allows
 SPARE = 3  # columns of padding that a check adds

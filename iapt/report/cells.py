@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeGuard
 
-from iapt.errors import UserError
+from iapt.config.errors import UserError
 from iapt.report.runs import FAILED, OK, VERSIONED, Run, short
 
 MIXABLE = (

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from iapt.metrics import CLASSIFICATION, METRICS, bleu_scorer, word_options
+from iapt.metrics.metrics import CLASSIFICATION, METRICS, bleu_scorer, word_options
 from iapt.report.runs import Run
 
 Array = NDArray[np.float64]

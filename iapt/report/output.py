@@ -8,7 +8,7 @@ import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from iapt.errors import UserError
+from iapt.config.errors import UserError
 from iapt.report.runs import Run
 
 MANIFEST = "manifest.json"  # file -> SHA-256 of what was written, so that a file edited since is known as such

@@ -11,10 +11,11 @@ from typing import Any
 
 import yaml
 
-from iapt.checkpoint import META, STATE, SUMMARY, read_summary
-from iapt.errors import UserError
-from iapt.launch import CONFIG_FILE
-from iapt.sweep import flatten
+from iapt.config.errors import UserError
+from iapt.model.checkpoint import META, SUMMARY, read_summary
+from iapt.runs.launch import CONFIG_FILE
+from iapt.runs.sweep import flatten
+from iapt.training.state import STATE
 
 OK, FAILED, UNFINISHED = "ok", "failed", "unfinished"
 VERSIONED = ("iapt", "torch", "transformers", "peft")  # packages whose version may change a result

@@ -20,9 +20,9 @@ from transformers import AttentionInterface, AttentionMaskInterface, DynamicCach
 from transformers.masking_utils import eager_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from iapt.architecture import CACHE_NAMES, part_of
-from iapt.methods import SoftPrompt
-from iapt.model import AdaptedModel
+from iapt.model.adapted import AdaptedModel
+from iapt.model.architecture import CACHE_NAMES, part_of
+from iapt.model.method import SoftPrompt
 
 Edit = Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor]]
 NAME = "by_hand"

@@ -4,11 +4,23 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import pytest
+from torch import nn
 
-from iapt.architecture import PARTS, arguments_of, attention_of, decoder_layers, decoder_of, find_sublayers, part_of
-from iapt.errors import UserError
+from iapt.config.errors import UserError
+from iapt.model.architecture import (
+    PARTS,
+    arguments_of,
+    attention_of,
+    decoder_layers,
+    decoder_of,
+    find_sublayers,
+    part_of,
+)
 from iapt.preflight.known import VERIFIED, known_there
 from tests.backbones import zoo
 from tests.backbones.table import document, shipped
@@ -22,23 +34,28 @@ BUILT = sorted(TABLE["families"])
 @pytest.mark.parametrize("name", BUILT)
 def test_what_a_family_calls_its_parts_is_found_or_refused(name: str) -> None:
     lm = zoo.build_lm(name)
-    found = 0
-    for look in (decoder_layers, decoder_of, arguments_of):
-        try:
-            look(lm)
-            found += 1
-        except UserError as error:
-            assert "\n" not in str(error)
-    if found < 3:
+    if not all(_found(look, lm) for look in (decoder_layers, decoder_of, arguments_of)):
         assert not TABLE["families"][name]["right"]
         return
     for layer in decoder_layers(lm):
-        looks = [lambda m: attention_of(m), find_sublayers, *(lambda m, p=part: part_of(m, p) for part in PARTS)]
-        for look in looks:
-            try:
-                look(layer)
-            except UserError as error:
-                assert "\n" not in str(error)
+        for look in (attention_of, find_sublayers, *(partial(_part, part) for part in PARTS)):
+            _found(look, layer)
+
+
+def _part(part: str, layer: nn.Module) -> Any:
+    return part_of(layer, part)
+
+
+def _found(look: Callable[[Any], Any], module: nn.Module) -> bool:
+    """Whether it is found; what is not found has to be refused in one line."""
+    try:
+        look(module)
+    except UserError as refused:
+        said = str(refused)
+    else:
+        return True
+    assert "\n" not in said
+    return False
 
 
 # Another sample than the families of `test_verify`, the same on every run.
@@ -61,7 +78,11 @@ def test_the_preflight_reads_the_table() -> None:
 
 def test_a_type_has_to_be_right_on_all_its_architectures() -> None:
     right, refused = {v: ["right", ""] for v in VARIANTS}, {v: ["refused", "why: not; x"] for v in VARIANTS}
-    results = {"falcon": right, "falcon-alibi": {**right, "para": ["refused", "why; not"]}, "blt": {"all": ["unbuilt", "large"]}}
+    results = {
+        "falcon": right,
+        "falcon-alibi": {**right, "para": ["refused", "why; not"]},
+        "blt": {"all": ["unbuilt", "large"]},
+    }
     families = shipped(results)["families"]
     assert set(families) == {"falcon"}
     assert families["falcon"]["refused"] == {"para": "para: why"}

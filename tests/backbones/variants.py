@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-from iapt.backbone import Backbone
-from iapt.methods import METHODS
-from iapt.model import AdaptedModel
+from iapt.methods.registry import METHODS
+from iapt.model.adapted import AdaptedModel
+from iapt.model.backbone import Backbone
 
 _S = {"num_soft_tokens": 4}
 _AFTER = {"position": "after_instruction"}

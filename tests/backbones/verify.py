@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from iapt import preflight
-from iapt.batch import Encoded, collate
-from iapt.errors import UserError
+from iapt.config.errors import UserError
+from iapt.data.batch import Encoded, collate
 from iapt.methods.labels import label_loss
-from iapt.model import AdaptedModel
+from iapt.model.adapted import AdaptedModel
 from tests.backbones import zoo
 from tests.backbones.reference import NoRoadError, Reference
 from tests.backbones.variants import VARIANTS, attach

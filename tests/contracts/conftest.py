@@ -12,11 +12,11 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from iapt.backbone import Backbone
-from iapt.batch import Batch, Encoded, collate
-from iapt.methods import METHODS
+from iapt.data.batch import Batch, Encoded, collate
 from iapt.methods.post import Post
-from iapt.model import AdaptedModel
+from iapt.methods.registry import METHODS
+from iapt.model.adapted import AdaptedModel
+from iapt.model.backbone import Backbone
 
 VOCABULARY = 67
 _SIZES = {

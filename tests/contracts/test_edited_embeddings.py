@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from transformers.generation.streamers import BaseStreamer
 
-from iapt.methods import SoftPrompt
-from iapt.mixed import RowMixture
-from iapt.model import AdaptedModel
+from iapt.model.adapted import AdaptedModel
+from iapt.model.method import SoftPrompt
+from iapt.model.mixture import RowMixture
 from tests.contracts.conftest import SHAPES, Case, batch, build_backbone, build_model, examples
 
 TOLERANCE = {"rtol": 1e-4, "atol": 1e-4}

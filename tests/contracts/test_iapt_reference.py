@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEmbedding
 
-from iapt.model import AdaptedModel
+from iapt.model.adapted import AdaptedModel
 from tests.contracts.conftest import Case, batch, build_model, examples
 
 

@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from iapt.checkpoint import load_adapter, save_adapter
-from iapt.methods import METHODS, Method, SoftPrompt
-from iapt.model import AdaptedModel
+from iapt.methods.registry import METHODS
+from iapt.model.adapted import AdaptedModel
+from iapt.model.checkpoint import load_adapter, save_adapter
+from iapt.model.method import Method, SoftPrompt
 from tests.contracts.conftest import CASES, Case, batch, build_backbone, build_model, examples
 
 # Between two roads to one number, in fp32: sums over the same terms in another order, which differ by 2e-5 at most

@@ -7,11 +7,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from iapt.batch import Batch
-from iapt.errors import UserError
-from iapt.methods import SoftPrompt
-from iapt.mixed import RowMixture
-from iapt.model import AdaptedModel
+from iapt.config.errors import UserError
+from iapt.data.batch import Batch
+from iapt.model.adapted import AdaptedModel
+from iapt.model.method import SoftPrompt
+from iapt.model.mixture import RowMixture
 from tests.contracts.conftest import Case, batch, build_backbone, build_model, examples
 
 TOLERANCE = {"rtol": 1e-4, "atol": 1e-4}

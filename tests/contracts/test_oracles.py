@@ -10,7 +10,7 @@ import torch
 from peft import PrefixTuningConfig, PromptEncoder, PromptEncoderConfig, PromptTuningConfig, get_peft_model
 from torch import Tensor, nn
 
-from iapt.model import AdaptedModel
+from iapt.model.adapted import AdaptedModel
 from tests.contracts.conftest import Case, batch, build_backbone, build_model, examples
 from tests.contracts.test_iapt_reference import llama_layer, rms_norm, run_in_float64
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from iapt.methods import METHODS
+from iapt.methods.registry import METHODS
 from tests.contracts.conftest import CASES, SHAPES
 from tests.contracts.table import END, README, ROWS, START, Result, parse, render, write
 

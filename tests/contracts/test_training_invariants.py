@@ -14,8 +14,8 @@ import pytest
 import torch
 from filelock import FileLock
 
-from iapt.backbone import build_backbone
-from iapt.config import BackboneConfig
+from iapt.config.schema import BackboneConfig
+from iapt.model.backbone import build_backbone
 from tests.contracts.conftest import SHAPES, Case, build_model
 from tests.contracts.training import make_trainer, name_of, outcome
 

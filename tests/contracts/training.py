@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from iapt.config import TrainerConfig
-from iapt.tracking import Tracker
-from iapt.trainer import Trainer
+from iapt.config.schema import TrainerConfig
+from iapt.training.tracking import Tracker
+from iapt.training.trainer import Trainer
 from tests.contracts.conftest import CASES, Case, build_model, examples
 
 # 11 examples in batches of 5: the epoch's last batch is one example, so with two shares one of them is empty.

@@ -5,13 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from iapt.budget import fit_to_budget
-from iapt.check import load_config
-from iapt.config import Config
-from iapt.errors import ConfigError
-from iapt.methods import METHODS
+from iapt.config.errors import ConfigError
+from iapt.config.schema import Config
 from iapt.methods.adept import Adept, AdeptConfig
-from iapt.model import AdaptedModel
+from iapt.methods.budget import fit_to_budget
+from iapt.methods.registry import METHODS
+from iapt.methods.settings import load_config
+from iapt.model.adapted import AdaptedModel
 from tests.contracts.conftest import batch, build_backbone, examples
 
 SPEC = METHODS["adept"]

@@ -8,14 +8,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from iapt.budget import fit_to_budget
-from iapt.check import load_config
-from iapt.config import Config
-from iapt.errors import ConfigError
-from iapt.methods import METHODS
+from iapt.config.errors import ConfigError
+from iapt.config.schema import Config
+from iapt.methods.budget import fit_to_budget
 from iapt.methods.dept import DeptConfig
 from iapt.methods.ept import Ept, EptConfig
-from iapt.model import AdaptedModel
+from iapt.methods.registry import METHODS
+from iapt.methods.settings import load_config
+from iapt.model.adapted import AdaptedModel
 from tests.contracts.conftest import batch, build_backbone, examples
 
 SPEC = METHODS["ept"]

@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import nn
 
-from iapt.methods import METHODS, BiLevel
 from iapt.methods.iapt import Iapt, IaptConfig
+from iapt.methods.registry import METHODS
+from iapt.model.method import BiLevel
 from iapt.nn.rational import Rational
 from tests.contracts.conftest import batch, build_backbone, examples
 
@@ -105,7 +106,7 @@ def test_gates_start_shut_on_the_value_side_only():
 
 def test_shut_gates_are_no_no_op():
     """The soft tokens' keys still take their share of the attention."""
-    from iapt.model import AdaptedModel
+    from iapt.model.adapted import AdaptedModel
 
     scores = []
     for method in ("gated", None):

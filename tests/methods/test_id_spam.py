@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from iapt.check import load_config
-from iapt.config import Config
-from iapt.errors import ConfigError, UserError
-from iapt.methods import METHODS
+from iapt.config.errors import ConfigError, UserError
+from iapt.config.schema import Config
 from iapt.methods.id_spam import IdSpam, IdSpamConfig
+from iapt.methods.registry import METHODS
+from iapt.methods.settings import load_config
 from tests.contracts.conftest import Case, batch, build_backbone, build_model, examples
 
 

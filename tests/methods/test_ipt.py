@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from iapt.check import load_config
-from iapt.config import Config
-from iapt.errors import ConfigError
-from iapt.methods import METHODS
+from iapt.config.errors import ConfigError
+from iapt.config.schema import Config
 from iapt.methods.ipt import Ipt, IptConfig, first_tokens
+from iapt.methods.registry import METHODS
+from iapt.methods.settings import load_config
 from tests.contracts.conftest import build_backbone
 
 ENCODERS = ("identity", "mlp", "lstm")

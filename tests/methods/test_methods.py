@@ -5,14 +5,16 @@ from __future__ import annotations
 import pytest
 import torch
 
-from iapt.backbone import Backbone
-from iapt.errors import UserError
-from iapt.methods import METHODS, MethodConfig, MethodSpec, SoftPrompt, register
+from iapt.config.errors import UserError
+from iapt.config.method import MethodConfig
 from iapt.methods.iapt import IaptConfig
 from iapt.methods.idpg import IdpgConfig
-from iapt.methods.peft import PeftConfig
+from iapt.methods.peft.method import PeftConfig
 from iapt.methods.prompt_tuning import PromptTuningConfig
-from iapt.model import AdaptedModel
+from iapt.methods.registry import METHODS, MethodSpec, register
+from iapt.model.adapted import AdaptedModel
+from iapt.model.backbone import Backbone
+from iapt.model.method import SoftPrompt
 from tests.contracts.conftest import batch, build_backbone, examples
 
 

@@ -11,14 +11,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from iapt import experiment
-from iapt.backbone import Backbone
-from iapt.batch import Encoded
-from iapt.checkpoint import load_adapter
-from iapt.errors import ConfigError
-from iapt.methods import METHODS
+from iapt.config.errors import ConfigError
+from iapt.data.batch import Encoded
 from iapt.methods.panda import Panda, PandaConfig
-from iapt.model import AdaptedModel
+from iapt.methods.registry import METHODS
+from iapt.model.adapted import AdaptedModel
+from iapt.model.backbone import Backbone
+from iapt.model.checkpoint import load_adapter
+from iapt.runs import experiment
 from tests.contracts.conftest import batch, build_backbone, examples
 from tests.test_transfer import small
 

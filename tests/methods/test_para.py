@@ -9,13 +9,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from iapt.check import load_config
-from iapt.config import Config
-from iapt.errors import ConfigError, UserError
-from iapt.methods import METHODS, BiLevel
+from iapt.config.errors import ConfigError, UserError
+from iapt.config.schema import Config
 from iapt.methods.para import ParaConfig
-from iapt.mixed import RowMixture
-from iapt.model import AdaptedModel
+from iapt.methods.registry import METHODS
+from iapt.methods.settings import load_config
+from iapt.model.adapted import AdaptedModel
+from iapt.model.method import BiLevel
+from iapt.model.mixture import RowMixture
 from tests.contracts.conftest import SHAPES, Case, batch, build_backbone, build_model, examples
 
 TOLERANCE = {"rtol": 1e-4, "atol": 1e-4}

@@ -14,17 +14,17 @@ from hydra import compose, initialize_config_dir
 from peft import AdaLoraConfig, LoraConfig, get_peft_model
 from torch import nn
 
-from iapt.backbone import Backbone
-from iapt.batch import Batch
-from iapt.check import load_config
-from iapt.config import TrainerConfig
-from iapt.errors import ConfigError, UserError
-from iapt.methods import METHODS
-from iapt.methods.peft import AdaLora, PeftConfig
-from iapt.model import AdaptedModel
-from iapt.paths import CONFIG_DIR
-from iapt.tracking import Tracker
-from iapt.trainer import Trainer
+from iapt.config.errors import ConfigError, UserError
+from iapt.config.paths import CONFIG_DIR
+from iapt.config.schema import TrainerConfig
+from iapt.data.batch import Batch
+from iapt.methods.peft.method import AdaLora, PeftConfig
+from iapt.methods.registry import METHODS
+from iapt.methods.settings import load_config
+from iapt.model.adapted import AdaptedModel
+from iapt.model.backbone import Backbone
+from iapt.training.tracking import Tracker
+from iapt.training.trainer import Trainer
 from tests.contracts.conftest import Case, batch, build_backbone, build_model, examples
 
 LINEARS = 3 * 7  # adapted linear maps of the llama shape

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from iapt.backbone import Backbone
-from iapt.methods import METHODS
-from iapt.methods.peft import PeftConfig
-from iapt.methods.peft_options import REFUSED, known_types, option_names
+from iapt.methods.peft.method import PeftConfig
+from iapt.methods.peft.options import REFUSED, known_types, option_names
+from iapt.methods.registry import METHODS
+from iapt.model.backbone import Backbone
 from tests.methods.peft_samples import BASES, BOOKKEEPING, COMPANIONS, INSTEAD, SAMPLES, TARGETS, TIED, Key
 
 KINDS = [kind for kind, is_prompt in known_types().items() if not is_prompt and kind not in REFUSED]

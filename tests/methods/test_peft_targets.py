@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 
-from iapt.errors import UserError
-from iapt.methods import METHODS
-from iapt.methods.peft import PeftConfig
-from iapt.methods.peft_count import closed_form
-from iapt.methods.peft_targets import inject, with_targets
+from iapt.config.errors import UserError
+from iapt.methods.peft.count import closed_form
+from iapt.methods.peft.method import PeftConfig
+from iapt.methods.peft.targets import inject, with_targets
+from iapt.methods.registry import METHODS
 from tests.backbones import zoo
 from tests.backbones.verify import verify
 

@@ -10,12 +10,12 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from iapt import experiment
-from iapt.backbone import TINY_DIR, Backbone
-from iapt.errors import ConfigError, UserError
-from iapt.methods import METHODS
+from iapt.config.errors import ConfigError, UserError
 from iapt.methods.post import Post, PostConfig
-from iapt.model import AdaptedModel
+from iapt.methods.registry import METHODS
+from iapt.model.adapted import AdaptedModel
+from iapt.model.backbone import TINY_DIR, Backbone
+from iapt.runs import experiment
 from tests.contracts.conftest import Case, batch, build_backbone, build_model, examples
 from tests.methods.test_panda import slow_logits
 from tests.test_experiment import SHAPE, config

@@ -12,15 +12,15 @@ import torch
 from torch import Tensor
 
 import iapt
-from iapt import experiment
-from iapt.budget import fit_to_budget
-from iapt.check import load_config
-from iapt.config import Config
-from iapt.errors import ConfigError, UserError
-from iapt.methods import METHODS, spec_of
+from iapt.config.errors import ConfigError, UserError
+from iapt.config.schema import Config
+from iapt.methods.budget import fit_to_budget
 from iapt.methods.ptec import PtecConfig
-from iapt.mixed import RowMixture
-from iapt.model import AdaptedModel
+from iapt.methods.registry import METHODS, spec_of
+from iapt.methods.settings import load_config
+from iapt.model.adapted import AdaptedModel
+from iapt.model.mixture import RowMixture
+from iapt.runs import experiment
 from tests.contracts.conftest import Case, batch, build_backbone, build_model, examples
 from tests.test_experiment import config
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from iapt.errors import UserError
-from iapt.methods import METHODS
-from iapt.methods.reach import reached
+from iapt.config.errors import UserError
+from iapt.methods.registry import METHODS
+from iapt.model.reach import reached
 from tests.backbones import zoo
 
 

@@ -9,14 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from iapt import experiment
-from iapt.check import load_config
-from iapt.checkpoint import load_adapter
-from iapt.config import TaskConfig
-from iapt.errors import UserError
-from iapt.methods import METHODS
+from iapt.config.errors import UserError
+from iapt.config.task import TaskConfig
+from iapt.data.task import Example, Task
 from iapt.methods.reference import InContextConfig, rewrite
-from iapt.tasks import Example, Task
+from iapt.methods.registry import METHODS
+from iapt.methods.settings import load_config
+from iapt.model.checkpoint import load_adapter
+from iapt.runs import experiment
 from tests.contracts.conftest import Case, batch, build_model, examples
 from tests.test_experiment import SHAPE, config
 

@@ -12,13 +12,14 @@ import torch
 from torch import Tensor
 
 import iapt
-from iapt import experiment
-from iapt.budget import fit_to_budget
-from iapt.check import load_config
-from iapt.errors import ConfigError, UserError
-from iapt.methods import METHODS, SoftPrompt
+from iapt.config.errors import ConfigError, UserError
+from iapt.methods.budget import fit_to_budget
+from iapt.methods.registry import METHODS
 from iapt.methods.sciprompt import SciPromptConfig, weigh
-from iapt.model import AdaptedModel
+from iapt.methods.settings import load_config
+from iapt.model.adapted import AdaptedModel
+from iapt.model.method import SoftPrompt
+from iapt.runs import experiment
 from tests.contracts.conftest import Case, batch, build_backbone, build_model, examples
 from tests.test_experiment import config
 

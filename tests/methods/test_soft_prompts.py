@@ -6,14 +6,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from iapt.check import load_config
-from iapt.config import Config
-from iapt.errors import ConfigError, UserError
-from iapt.methods import METHODS, MethodConfig, spec_of
+from iapt.config.errors import ConfigError, UserError
+from iapt.config.method import MethodConfig
+from iapt.config.schema import Config
 from iapt.methods.lpt import LptConfig
 from iapt.methods.p_tuning import PTuningConfig
 from iapt.methods.prefix_tuning import PrefixTuningConfig, key_value_heads
-from iapt.model import AdaptedModel
+from iapt.methods.registry import METHODS, spec_of
+from iapt.methods.settings import load_config
+from iapt.model.adapted import AdaptedModel
 from tests.backbones import zoo
 from tests.contracts.conftest import Case, batch, build_backbone, build_model, examples
 

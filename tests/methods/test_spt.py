@@ -9,12 +9,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from iapt.check import load_config
-from iapt.config import Config
-from iapt.errors import ConfigError, UserError
-from iapt.methods import METHODS, BiLevel
+from iapt.config.errors import ConfigError, UserError
+from iapt.config.schema import Config
+from iapt.methods.registry import METHODS
+from iapt.methods.settings import load_config
 from iapt.methods.spt import Spt, SptConfig
-from iapt.model import AdaptedModel
+from iapt.model.adapted import AdaptedModel
+from iapt.model.method import BiLevel
 from tests.contracts.conftest import Case, batch, build_backbone, build_model, examples
 
 BASE = SptConfig(name="spt", num_soft_tokens=3, bottleneck=8)

@@ -9,11 +9,12 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from iapt.architecture import find_sublayers
-from iapt.backbone import Backbone
-from iapt.errors import UserError
-from iapt.methods import METHODS, WeightMethod
-from iapt.model import AdaptedModel
+from iapt.config.errors import UserError
+from iapt.methods.registry import METHODS
+from iapt.model.adapted import AdaptedModel
+from iapt.model.architecture import find_sublayers
+from iapt.model.backbone import Backbone
+from iapt.model.method import WeightMethod
 from tests.contracts.conftest import SHAPES, Case, batch, build_backbone, build_model, examples
 
 ADAPTERS = ("houlsby", "parallel_adapter")

@@ -12,7 +12,7 @@ import pytest
 import yaml
 from scipy import stats
 
-from iapt import metrics
+from iapt.metrics import metrics
 from iapt.report.bootstrap import Difference, of_medians, paired
 from iapt.report.outcomes import Outcomes, outcomes
 from iapt.report.runs import Run, read_runs

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from iapt.errors import UserError
+from iapt.config.errors import UserError
 from iapt.report.cells import MIXABLE, Board, Cell, Column, Row, gather, state
 from iapt.report.runs import read_runs
 from tests.report.folders import make_failed, make_run, make_sweep, make_unfinished

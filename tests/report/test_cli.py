@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from iapt.cli import report
-from iapt.errors import UserError
+from iapt.config.errors import UserError
 from tests.report.folders import make_run, make_sweep
 
 

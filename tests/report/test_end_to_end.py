@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from iapt import experiment
 from iapt.cli import report
-from iapt.config import to_dict
+from iapt.config.schema import to_dict
+from iapt.runs import experiment
 from tests.test_experiment import config
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from iapt.errors import UserError
+from iapt.config.errors import UserError
 from iapt.report.runs import read_runs
 from tests.report.folders import make_failed, make_run, make_unfinished
 

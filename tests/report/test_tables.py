@@ -11,7 +11,7 @@ import pytest
 import yaml
 from rich.console import Console
 
-from iapt.paths import CONFIG_DIR
+from iapt.config.paths import CONFIG_DIR
 from iapt.report.cells import Board, Row, gather
 from iapt.report.reference import published, reference_sheet
 from iapt.report.render import comma_separated, latex, markdown, rich_table

@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 import yaml
 
-from iapt import experiment
 from iapt.cli import report
-from iapt.config import to_dict
+from iapt.config.schema import to_dict
 from iapt.report.cells import Board, Column, Row, gather
 from iapt.report.plots import Plot
 from iapt.report.runs import read_runs
 from iapt.report.transfer import matrices, transfer_plots, transfer_sheets
+from iapt.runs import experiment
 from tests.report.folders import make_failed, make_run, make_sweep
 from tests.test_experiment import config
 

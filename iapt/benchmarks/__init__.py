@@ -1,0 +1,1 @@
+"""Benchmarks on a trained adapter: lm-evaluation-harness and MT-Bench."""

@@ -1,0 +1,1 @@
+"""Settings: their schema, their checks, and the errors that name them. Imports no torch."""

@@ -1,0 +1,112 @@
+"""The schema of a run: one dataclass per config group, plain data without OmegaConf in it.
+
+`iapt.config.check` fills it from what Hydra composed. A method's own schema lives beside the method (`iapt.methods`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from dataclasses import dataclass, field
+from typing import Any
+
+from iapt.config.fields import at_least, choice
+from iapt.config.method import MethodConfig
+from iapt.config.task import PROTOCOLS, TaskConfig
+
+BUDGET = re.compile(r"(?=.*[1-9])(\d+(?:\.\d+)?)\s*([kmb%]?)", re.IGNORECASE)
+BUDGET_FORM = "a number of parameters such as 20M, 300k or 1500, or a share of the backbone's such as 0.3%"
+
+
+@dataclass
+class BackboneConfig:
+    """The frozen language model."""
+
+    name: str = "tiny"
+    kind: str = choice("tiny", "pretrained", "random", "tiny")
+    path: str | None = None  # hub id or local folder; `kind: pretrained` needs one
+    revision: str | None = None
+    dtype: str = choice("auto", "auto", "float32", "bfloat16")  # auto: what hardware.precision asks for
+    quantization: str = choice("none", "none", "nf4", "int8")  # needs the extra `iapt[quantized]`
+    # kind: random: keyword arguments of transformers' AutoConfig.for_model, `model_type` among them
+    shape: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class HardwareConfig:
+    """Where and how a run computes."""
+
+    device: str = choice("auto", "auto", "cpu", "cuda")
+    num_processes: int = at_least(1, 1)
+    strategy: str = choice("ddp", "ddp", "fsdp")  # fsdp shards the frozen backbone; adapters stay replicated
+    precision: str = choice("fp32", "fp32", "bf16")
+    gradient_accumulation: int = at_least(1, 1)
+    activation_checkpointing: bool = False
+    attention: str = choice("auto", "auto", "sdpa", "eager", "flash_attention_2", "flash_attention_3")
+
+
+@dataclass
+class TrainerConfig:
+    """The protocol; defaults are the series' (label S, see the README's "Sources") where a source states one."""
+
+    max_steps: int | None = at_least(None, 1)  # null: `epochs` decides
+    epochs: int = at_least(10, 1)
+    batch_size: int | None = at_least(None, 1)  # global; null: 16 below 10k training examples, else 128
+    eval_batch_size: int = at_least(64, 1)
+    learning_rate: float = at_least(1e-3, 0)
+    weight_decay: float = at_least(0.0, 0)
+    warmup_ratio: float = at_least(0.06, 0)
+    max_grad_norm: float = at_least(1.0, 0)
+    eval_every: int = at_least(200, 1)
+    patience: int = at_least(10, 1)  # evaluations without a better dev loss before the run stops
+    max_length: int = at_least(768, 8)  # instruction tokens; longer ones lose their beginning, with a word
+    max_response_length: int = at_least(256, 1)
+    group_by_length: bool = False
+    log_every: int = at_least(10, 1)
+
+
+@dataclass
+class TrackingConfig:
+    """Who else is told. metrics.jsonl is always written."""
+
+    name: str = choice("none", "none", "wandb")
+    project: str = "iapt"
+    entity: str | None = None
+    mode: str = choice("online", "online", "offline", "disabled")
+    group: str | None = None
+    tags: list[str] = field(default_factory=list)
+
+
+@dataclass
+class SweepConfig:
+    """What a sweep does with cells that an earlier start of it left in its directory."""
+
+    retry: str = choice("none", "none", "failed")  # finished cells are skipped, interrupted ones continued, always
+
+
+@dataclass
+class Config:
+    """One run."""
+
+    seed: int = 1
+    data_dir: str | None = None
+    resume: bool = False
+    zero_shot: bool = True  # also score the bare backbone, for the table
+    # Which rows choose and which are reported. strict: dev is carved from train, all labelled rows that are not train
+    # are test. paper: the series' splits (S), for small data sets half of validation each for dev and test.
+    protocol: str = choice("strict", *PROTOCOLS)
+    preflight: str = choice("auto", "auto", "off")  # a probe of the very model before it runs; see `iapt.preflight`
+    # trainable parameters, 20M or 0.3% (of the backbone's); sets the method's size
+    budget: str | None = field(default=None, metadata={"numbers": True})
+    backbone: BackboneConfig = field(default_factory=BackboneConfig)
+    task: TaskConfig = field(default_factory=TaskConfig)
+    method: MethodConfig = field(default_factory=MethodConfig)
+    hardware: HardwareConfig = field(default_factory=HardwareConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    sweep: SweepConfig = field(default_factory=SweepConfig)
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """A config dataclass as plain containers, ready for YAML or JSON."""
+    return dataclasses.asdict(config)

@@ -1,0 +1,1 @@
+"""Tasks: from rows of files and the hub to examples, tokens and batches."""

@@ -1,0 +1,1 @@
+"""A trained model scored on the examples of a task."""

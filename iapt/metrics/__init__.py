@@ -1,0 +1,1 @@
+"""The scores of predictions, and which scripts they can read."""

@@ -1,0 +1,1 @@
+"""The frozen backbone, the contract of a method, and the passes over both together."""

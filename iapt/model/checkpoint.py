@@ -1,0 +1,104 @@
+"""Files of a run that outlive it.
+
+adapter.safetensors   the method's tensors, float32
+adapter.json          schema version, method, backbone identity, template hash, and the run's whole configuration
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from iapt.config.errors import UserError
+
+SCHEMA_VERSION = 1
+ADAPTER, META, SUMMARY = "adapter.safetensors", "adapter.json", "summary.json"
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write JSON so that a reader, or a crash, never meets half a file."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.part")  # several ranks may write the same file
+    temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def read_summary(folder: Path) -> dict[str, Any]:
+    """The folder's `summary.json`, empty if there is none or it cannot be read."""
+    try:
+        summary = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return summary if isinstance(summary, dict) else {}
+
+
+def refuse_finished(folder: Path) -> None:
+    """Raises UserError if the folder holds a finished run."""
+    if read_summary(folder).get("status") == "ok":
+        raise UserError(f"hydra.run.dir = {folder}: already holds a finished run; nothing was changed, choose another")
+
+
+def save_adapter(folder: Path, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
+    """Write the adapter into `folder`.
+
+    Args:
+        folder: exists.
+        tensors: name -> float32 tensor.
+        meta: JSON-able; the schema version is added.
+    """
+    temporary = folder / (ADAPTER + ".part")
+    save_file(tensors, temporary, metadata={"format": "pt"})
+    os.replace(temporary, folder / ADAPTER)
+    write_json(folder / META, {"schema_version": SCHEMA_VERSION, **meta})
+
+
+def load_adapter(folder: Path, key: str = "checkpoint") -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read an adapter folder: its tensors and what `save_adapter` was given as meta.
+
+    Args:
+        folder: a run or adapter folder.
+        key: the setting that names it, for messages.
+
+    Raises:
+        UserError: a missing folder or file, one that cannot be read, a newer schema.
+    """
+    for name in (META, ADAPTER):
+        if not (folder / name).is_file():
+            here = ", ".join(sorted(p.name for p in folder.iterdir())) if folder.is_dir() else "no such folder"
+            raise UserError(
+                f"{key} = {folder}: expected a run or adapter folder with {META} and {ADAPTER}; "
+                f"{name} is missing (found: {here or 'nothing'})"
+            )
+    try:
+        meta = json.loads((folder / META).read_text(encoding="utf-8"))
+        tensors = load_file(folder / ADAPTER)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise UserError(f"{key} = {folder}: cannot be read: {error}") from error
+    version = meta.get("schema_version") if isinstance(meta, dict) else None
+    if version != SCHEMA_VERSION:
+        raise UserError(f"{key} = {folder}: schema version {version}, this release reads {SCHEMA_VERSION}")
+    return tensors, meta
+
+
+def check_backbone(found: dict[str, Any], expected: dict[str, Any], folder: Path, key: str = "checkpoint") -> None:
+    """Refuse a backbone that the adapter in `folder`, which the setting `key` names, was not trained on.
+
+    Raises:
+        UserError: naming what differs. Names may differ, and a fingerprint that could not be taken is not held
+            against a backbone.
+    """
+    differs = [
+        f"{key} is {found.get(key)}, the adapter's was {value}"
+        for key, value in expected.items()
+        if key != "name" and value is not None and found.get(key) is not None and found[key] != value
+    ]
+    if differs:
+        raise UserError(
+            f"{key} = {folder}: trained on backbone '{expected.get('name')}', which this one "
+            f"('{found.get('name')}') is not: {'; '.join(differs)}"
+        )

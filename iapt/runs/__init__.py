@@ -1,0 +1,1 @@
+"""Runs as folders: build, train, evaluate, resume, start from another, sweep."""

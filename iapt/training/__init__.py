@@ -1,0 +1,1 @@
+"""The training loop: batches of a phase, steps, selection of the best adapter, logging."""
