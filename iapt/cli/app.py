@@ -60,6 +60,7 @@ def run_command(config_name: str, job: Job, check: Check, identify: Identify | N
     outcome, typed = _Outcome(), sys.argv[1:]
 
     def task(composed: DictConfig) -> float:
+        os.chdir(HydraConfig.get().runtime.cwd)  # out of the run's folder, where hydra.job.chdir=true has gone
         return _run_job(composed, job, outcome, identify)
 
     command = hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name=config_name)(task)
