@@ -34,6 +34,7 @@ from iapt.checkpoint import ADAPTER, SUMMARY, read_summary, refuse_finished, wri
 from iapt.config import at_least, to_dict
 from iapt.errors import UserError
 from iapt.judge import JudgeConfig, Question
+from iapt.model import AdaptedModel
 from iapt.mtbench_answers import Answerer, Layout
 from iapt.provenance import circumstances
 from iapt.restore import Saved, build_model, read_saved, refuse_bound_to_task
@@ -102,10 +103,10 @@ def evaluate(checkpoint: Path, folder: Path, overrides: dict[str, Any], config: 
     _check_folder(folder, identity)
     answers = {row["question_id"]: row for row in read_rows(folder / ANSWERS)}
     missing = [q for q in questions if q.id not in answers]
-    start, notes, probed = time.perf_counter(), list[str](), None
+    start, notes = time.perf_counter(), list[str]()
+    model: AdaptedModel | None = None
     if missing:
         model, accelerator = build_model(saved)
-        probed = model.preflight
         answerer = Answerer(model, layout, config.max_new_tokens, saved.config.seed)
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / IDENTITY, identity)
@@ -139,7 +140,7 @@ def evaluate(checkpoint: Path, folder: Path, overrides: dict[str, Any], config: 
         "data_fingerprint": identity["questions"],
         "template_hash": identity["layout"],
         "note": "; ".join([*notes, *([] if grades else [f"{len(answers)} answers, no judge yet"])]) or None,
-        "preflight": probed,
+        "preflight": model.preflight if model else None,
         "status": "ok",
         "eval_seconds": round(time.perf_counter() - start, 3),
         **circumstances(accelerator),
