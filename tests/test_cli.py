@@ -129,6 +129,14 @@ BAD = {
     "grammar": ("trainer.max_steps=[1", ["trainer.max_steps=[1", "not understood"]),
     "sweep without -m": ("method=iapt,lora", ["method=iapt,lora", "-m"]),
     "+ on a key that exists": ("+seed=3", ["seed=3"]),
+    "+ on an experiment": ("+experiment=toy_comparison", ["  +experiment=toy_comparison: write experiment=toy_"]),
+    "+ on a task": ("+task=glue/rte", ["  +task=glue/rte: write task=glue/rte\n"]),
+    "+ on a method": ("+method=lora seed=x", ["2 problems", "  +method=lora: write method=lora\n", "seed = 'x'"]),
+    "++ on a group": ("++method=lora", ["1 problem in", "  ++method=lora: write method=lora\n"]),
+    "+ on a group of a sweep": ("-m +method=lora,iapt", ["1 problem in", "+method=lora,iapt: write method=lora,"]),
+    "+ on a group of hydra": ("+hydra/launcher=basic", ["+hydra/launcher=basic: write hydra/launcher=basic"]),
+    "no option": ("tracking=null", ["tracking = null: no such option; ~tracking leaves the group out; known: none, w"]),
+    "no option in a sweep": ("-m debug=null,default", ["debug = null: no such option; ~debug leaves the group out"]),
     "nothing to delete": ("~trainer.lr", ["trainer.lr"]),
     "hydra's own settings": ("hydra.nothing=1", ["hydra.nothing"]),
     "several at once": (
@@ -168,10 +176,11 @@ def test_a_failed_run_exits_with_1_and_a_bug_keeps_its_traceback(
 ) -> None:
     runs.fail = lambda config: TrainingError("the loss is nan")  # type: ignore[method-assign,assignment]
     assert command() == (1, "", "the loss is nan\n")
-    runs.fail = lambda config: ZeroDivisionError("a bug")  # type: ignore[method-assign,assignment]
-    monkeypatch.setattr(sys, "argv", ["iapt-train"])
-    with pytest.raises(ZeroDivisionError):
-        train.main()
+    for bug in (ZeroDivisionError, ValueError):  # Hydra raises the latter too
+        runs.fail = lambda config: bug("a bug")  # type: ignore[method-assign,assignment]  # noqa: B023
+        monkeypatch.setattr(sys, "argv", ["iapt-train"])
+        with pytest.raises(bug, match="a bug"):
+            train.main()
     assert "HYDRA_FULL_ERROR" not in os.environ
 
 
@@ -294,6 +303,8 @@ def test_eval_lays_what_is_given_over_the_checkpoint(
         ("checkpoint=x splt=dev", "did you mean 'split'?"),
         ("checkpoint=x +trainer.eval_batchsize=2", "did you mean 'eval_batch_size'?"),
         ("checkpoint=x task=glue/rta", "did you mean 'glue/rte'?"),
+        ("checkpoint=x +task=glue/rte", "  +task=glue/rte: write task=glue/rte\n"),
+        ("checkpoint=x ++method=lora", "  ++method=lora: write +method=lora\n"),  # which eval has no option of
     ],
 )
 def test_bad_input_of_eval(runs: Runs, command: Command, arguments: str, word: str) -> None:
@@ -310,7 +321,7 @@ def test_looking_at_a_configuration_needs_no_torch(tmp_path: Path) -> None:
         "finally: print('torch' in sys.modules, file=sys.stderr)"
     )
     outputs = {}
-    for arguments in ("--cfg job", "--help", "-sc query=bash", "--info searchpath"):
+    for arguments in ("--cfg job", "--help", "-sc query=bash", "--info searchpath", "--info"):
         env = {**os.environ, "COMP_LINE": "iapt-train method=", "COMP_POINT": "18"}
         command = [sys.executable, "-c", code, *arguments.split()]
         done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=env)

@@ -218,13 +218,13 @@ def test_a_method_may_look_before_and_after_training(tmp_path: Path, scoring: st
             seen.append((layer, len(states), torch.is_grad_enabled()))
             return states[:, -1:] * self.gain
 
-        def write_report(self, folder, encode):
+        def findings(self):
             assert not torch.equal(self.gain, torch.ones_like(self.gain))
             seen.append("report")
-            encode()
-            seen.append("end")
-            (folder / "looks.txt").write_text("one")
             return ["a line for the user"]
+
+        def observed(self):
+            return [torch.nn.GELU(), torch.nn.GELU()]
 
     task = {"scoring": scoring, "max_new_tokens": 2}
     register("looker", MethodSpec(MethodConfig, lambda c, b: Looker(b.hidden_size), lambda c, b: b.hidden_size))
@@ -236,8 +236,9 @@ def test_a_method_may_look_before_and_after_training(tmp_path: Path, scoring: st
         assert first[0] == list(range(48)) != first[1]
         assert first[2] is False
         # Eight dev batches of two through two layers, without gradient.
-        assert seen[seen.index("report") + 1 : seen.index("end")] == [(0, 2, False), (1, 2, False)] * 8
-        assert (tmp_path / "run" / "looks.txt").exists()
+        looked = seen.index("report") + 1
+        assert seen[looked : looked + 16] == [(0, 2, False), (1, 2, False)] * 8
+        assert (tmp_path / "run" / "activations.png").exists()
         seen.clear()
         experiment.run(
             config("sentiment", "looker", task=task, trainer={"eval_batch_size": 2}, preflight="off"),

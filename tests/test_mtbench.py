@@ -16,7 +16,7 @@ import pytest
 import torch
 import yaml
 
-from iapt.benchmarks import judge, mtbench
+from iapt.benchmarks import judge, mtbench, mtbench_answers
 from iapt.benchmarks.judge import JudgeConfig, Question, RefusedError, rating
 from iapt.benchmarks.mtbench import MtBenchConfig, evaluate, read_questions
 from iapt.benchmarks.mtbench_answers import Answerer, Layout
@@ -153,6 +153,15 @@ def test_answers_are_the_models_own_whatever_the_batch(place: Path, tmp_path: Pa
         two = say(first + saved.config.task.separator + one + "\n\n" + second)
         assert answers_of(tmp_path / "out")[row["question_id"]] == [one, two]  # type: ignore[index]
     model.detach()
+
+
+def test_what_opens_a_text_is_asked_once(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+    monkeypatch.setattr(mtbench_answers, "opening", lambda *given: asked.append(given) or ())  # type: ignore[func-returns-value]
+    summary = evaluate(place / "run", tmp_path / "out", {}, settings(place, batch_size=1))
+    assert len(asked) == 1
+    assert summary["preflight"]["status"] == "passed"
+    assert evaluate(place / "run", tmp_path / "out", {"resume": True}, settings(place))["preflight"] is None
 
 
 def test_the_model_that_answers_carries_the_saved_adapter(place: Path) -> None:

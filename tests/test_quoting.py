@@ -6,6 +6,7 @@ import dataclasses
 import datetime
 import typing
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -204,3 +205,51 @@ def test_settings_laid_over_a_saved_run_and_a_methods_alone() -> None:
     assert problem.startswith("task.label_words[1] = False: expected text")
     with pytest.raises(ConfigError, match=r"method\.init_text = True: expected text"):
         method_config({"name": "prompt_tuning", "init_text": True})
+
+
+def word_places(schema: type[Any], path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], tuple[Any, ...]]]:
+    """(keys that lead to a setting with a few allowed words, the words)."""
+    for f in dataclasses.fields(schema):
+        if isinstance(f.default_factory, type) and dataclasses.is_dataclass(f.default_factory):
+            if f.name != "method":
+                yield from word_places(f.default_factory, (*path, f.name))
+        elif words := f.metadata.get("choices"):
+            yield (*path, f.name), words
+
+
+# What YAML's own reader, and so OmegaConf's, makes no text of; Hydra's grammar makes none of true, false and null.
+LIKE_A_SWITCH = ("on", "off", "yes", "no", "true", "false", "null", "~", "none")
+WORDS = [(schema, *place) for schema in SCHEMAS for place in word_places(schema)]
+
+
+@pytest.mark.parametrize(("schema", "keys", "words"), WORDS)
+def test_allowed_words_need_no_quotes(schema: type[Any], keys: tuple[str, ...], words: tuple[Any, ...]) -> None:
+    """Unquoted in a file or typed, every allowed word is itself; what is none of them is named with those that are."""
+    name = ".".join(keys)
+    for word in (*words, *LIKE_A_SWITCH):
+        for read in (OmegaConf.create, yaml.safe_load):
+            value = read(f"x: {word}")["x"]
+            found = [p for p in problems_of(nested(keys, value), schema) if p.startswith(f"{name} =")]
+            if word in words or (value is False and "off" in words):
+                assert found == []
+            else:
+                assert [p.partition(": ")[2] for p in found] == [f"allowed are {', '.join(map(str, words))}"]
+
+
+@pytest.mark.parametrize("word", ["off", "auto", "false", "'off'"])
+def test_a_word_that_yaml_reads_as_a_boolean_in_both_commands(word: str, tmp_path: Path) -> None:
+    """`preflight: off` is False in a file that Hydra composes, and a text on the command line."""
+    wanted = "auto" if word == "auto" else "off"
+    (tmp_path / "local").mkdir()
+    (tmp_path / "local" / "default.yaml").write_text(f"# @package _global_\npreflight: {word}\n")
+    typed = f"preflight={word}"
+    for overrides in ([f"hydra.searchpath=[file://{tmp_path}]"], [typed]):
+        for command in ("train", "eval"):
+            with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
+                composed = compose(command, overrides)
+            if command == "train":
+                assert load_config(composed).preflight == wanted
+            else:
+                laid = {"task": TASK | {"label_words": ["a", "b"]}, "method": {"name": "zero_shot"}}
+                assert load_config({**laid, "preflight": composed.preflight}).preflight == wanted
+                assert unknown_keys({"preflight": composed.preflight}) == []

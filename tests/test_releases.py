@@ -18,7 +18,7 @@ from packaging.version import Version
 
 import iapt
 from iapt.config.errors import UserError
-from iapt.config.releases import LIBRARIES, beyond_tested, warn_once
+from iapt.config.releases import LIBRARIES, _required, beyond_tested, warn_once
 from tests.test_cli import Command
 from tests.test_cli import command as command
 
@@ -49,9 +49,11 @@ def libraries(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, str]]:
     version = importlib.metadata.version
     monkeypatch.setattr(importlib.metadata, "requires", lambda name: RANGES)
     monkeypatch.setattr(importlib.metadata, "version", lambda name: installed.get(name) or version(name))
-    warn_once.cache_clear()
+    for cached in (warn_once, _required):
+        cached.cache_clear()
     yield installed
-    warn_once.cache_clear()
+    for cached in (warn_once, _required):
+        cached.cache_clear()
 
 
 def test_inside_the_ranges_nothing_is_said(libraries: dict[str, str], command: Command) -> None:
@@ -96,6 +98,14 @@ def test_a_release_that_does_not_work_is_refused(
     assert not (tmp_path / "run").exists()
     with pytest.raises(UserError, match=f"{name} {re.escape(found)}"):
         iapt.attach  # noqa: B018
+
+
+def test_the_ranges_are_read_once(libraries: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[str] = []
+    monkeypatch.setattr(importlib.metadata, "requires", lambda name: read.append(name) or RANGES)  # type: ignore[func-returns-value]
+    libraries["transformers"] = "5.25.0"
+    assert beyond_tested() == beyond_tested() != ""
+    assert read == ["iapt"]
 
 
 def test_other_libraries_are_asked_for_by_name(libraries: dict[str, str]) -> None:

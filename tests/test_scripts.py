@@ -1,4 +1,4 @@
-"""The pretraining script runs end to end, is repeatable, and lowers its loss."""
+"""The scripts run end to end and say what they are to say; pretraining is repeatable."""
 
 from __future__ import annotations
 
@@ -28,6 +28,16 @@ def test_pretraining_is_repeatable_and_its_folder_loads(tmp_path: Path):
     assert all((first[key] == second[key]).all() for key in first)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "one")
     assert len(tokenizer) == AutoModelForCausalLM.from_pretrained(tmp_path / "one").config.vocab_size
+
+
+def test_the_preflight_is_set_against_a_step() -> None:
+    command = [sys.executable, "scripts/bench_preflight.py", "--repeats", "1", "method=lora", "hardware=cpu"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    found = json.loads(done.stdout)
+    assert (found["backbone"], found["method"], found["device"], found["batch"]) == ("tiny", "lora", "cpu", 16)
+    assert found["ratio"] == pytest.approx(found["preflight_seconds"] / found["step_seconds"], rel=0.02)
+    done = subprocess.run([*command, "method=zero_shot"], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (2, "method = zero_shot: trains nothing, so there is no step to take\n")
 
 
 def test_rational_fits_are_what_their_script_makes(tmp_path: Path):

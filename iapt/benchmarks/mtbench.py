@@ -35,6 +35,7 @@ from iapt.benchmarks.mtbench_answers import Answerer, Layout
 from iapt.config.errors import UserError
 from iapt.config.fields import at_least
 from iapt.config.schema import to_dict
+from iapt.model.adapted import AdaptedModel
 from iapt.model.checkpoint import ADAPTER, SUMMARY, read_summary, refuse_finished, write_json
 from iapt.runs.provenance import circumstances
 from iapt.runs.restore import Saved, build_model, read_saved, refuse_bound_to_task
@@ -103,10 +104,10 @@ def evaluate(checkpoint: Path, folder: Path, overrides: dict[str, Any], config: 
     _check_folder(folder, identity)
     answers = {row["question_id"]: row for row in read_rows(folder / ANSWERS)}
     missing = [q for q in questions if q.id not in answers]
-    start, notes, probed = time.perf_counter(), list[str](), None
+    start, notes = time.perf_counter(), list[str]()
+    model: AdaptedModel | None = None
     if missing:
         model, accelerator = build_model(saved)
-        probed = model.preflight
         answerer = Answerer(model, layout, config.max_new_tokens, saved.config.seed)
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / IDENTITY, identity)
@@ -140,7 +141,7 @@ def evaluate(checkpoint: Path, folder: Path, overrides: dict[str, Any], config: 
         "data_fingerprint": identity["questions"],
         "template_hash": identity["layout"],
         "note": "; ".join([*notes, *([] if grades else [f"{len(answers)} answers, no judge yet"])]) or None,
-        "preflight": probed,
+        "preflight": model.preflight if model else None,
         "status": "ok",
         "eval_seconds": round(time.perf_counter() - start, 3),
         **circumstances(accelerator),

@@ -85,6 +85,7 @@ class Answerer:
         space = room(model)
         self.limit = None if space is None else space - max_new_tokens
         self.cut, self.total = 0, 0
+        self._opening: Ids | None = None
         if self.limit is not None and self.limit < 2:
             raise UserError(
                 f"mt_bench.max_new_tokens = {max_new_tokens}: leaves no room for a question in the {space} tokens that "
@@ -108,7 +109,7 @@ class Answerer:
 
     def _generate(self, texts: list[str], temperature: float) -> list[str]:
         tokenizer = self.model.backbone.tokenizer
-        whole = [_tokens(tokenizer, text) for text in texts]
+        whole = self._tokens(texts)
         kept = [keep_end(ids, self.limit, tokenizer.bos_token_id) for ids in whole]
         self.total += len(whole)
         self.cut += sum(a != b for a, b in zip(whole, kept, strict=True))
@@ -116,18 +117,20 @@ class Answerer:
         ids = self.model.generate(batch_of(self.model, kept), max_new_tokens=self.max_new_tokens, **sampling)
         return [text.strip() for text in tokenizer.batch_decode(ids, skip_special_tokens=True)]
 
+    def _tokens(self, texts: list[str]) -> list[Ids]:
+        """Ids with what the tokenizer puts before a text, and nothing of its own behind it, as in training."""
+        tokenizer = self.model.backbone.tokenizer
+        if self._opening is None:
+            self._opening = opening(tokenizer, texts)
+        whole = [join(self._opening, plain) for plain in plain_ids(tokenizer, texts)]
+        for text, ids in zip(texts, whole, strict=True):
+            if len(ids) < 2:
+                raise UserError(f"mt_bench: an instruction needs at least 2 tokens, {text!r} has {len(ids)}")
+        return whole
+
 
 def _columns(template: str) -> list[str]:
     return sorted({name for _, name, _, _ in string.Formatter().parse(template) if name is not None})
-
-
-def _tokens(tokenizer: Any, text: str) -> Ids:
-    """Ids with what the tokenizer puts before a text, and nothing of its own behind it, as in training."""
-    [plain] = plain_ids(tokenizer, [text])
-    ids = join(opening(tokenizer, [text]), plain)
-    if len(ids) < 2:
-        raise UserError(f"mt_bench: an instruction needs at least 2 tokens, {text!r} has {len(ids)}")
-    return ids
 
 
 def _seed(seed: int, key: Any) -> int:

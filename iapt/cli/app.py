@@ -5,6 +5,7 @@ Exit codes: 0 done, 1 a run failed, 2 bad input, 130 interrupted. Set HYDRA_FULL
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import os
 import shlex
@@ -59,6 +60,7 @@ def run_command(config_name: str, job: Job, check: Check, identify: Identify | N
     outcome, typed = _Outcome(), sys.argv[1:]
 
     def task(composed: DictConfig) -> float:
+        os.chdir(HydraConfig.get().runtime.cwd)  # out of the run's folder, where hydra.job.chdir=true has gone
         return _run_job(composed, job, outcome, identify)
 
     command = hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name=config_name)(task)
@@ -87,16 +89,23 @@ def _run_hydra(command: Callable[[], Any], config_name: str, check: Check) -> No
         return
     from iapt.cli.diagnose import diagnose, message
 
+    args = get_args_parser().parse_args()
+    _need_one_command(args)
     _need_launchers(sys.argv[1:])
     # Otherwise Hydra prints its errors itself and exits with 1.
     os.environ["HYDRA_FULL_ERROR"] = "1"
-    refused = (HydraException, OmegaConfBaseException)
+    refused = (HydraException, OmegaConfBaseException, ValueError)
     try:
         command()
     except YAMLError as error:
         raise UserError(f"a config file is no YAML: {' '.join(str(error).split())}") from None
+    except SystemExit as end:
+        raise SystemExit(UserError.exit_code if end.code == 1 else end.code) from None  # it has said what is wrong
     except refused as error:
-        args = get_args_parser().parse_args()
+        if isinstance(error, ValueError) and not _is_of_hydra(error):
+            raise
+        if args.shell_completion:
+            raise UserError(message(error)) from None
         try:
             problems, forced = diagnose(args, config_name, check)
         except refused:
@@ -112,6 +121,29 @@ def _run_hydra(command: Callable[[], Any], config_name: str, check: Check) -> No
             raise UserError(message(error)) from None
     finally:
         os.environ.pop("HYDRA_FULL_ERROR", None)
+
+
+def _need_one_command(args: argparse.Namespace) -> None:
+    """Hydra answers flags that do not go together with a traceback."""
+    if args.help or args.hydra_help:
+        return
+    flags = {"-m": args.multirun, "--run": args.run, "--cfg": args.cfg, "--info": args.info}
+    given = [name for name, value in {**flags, "--shell-completion": args.shell_completion}.items() if value]
+    if len(given) > 1:
+        one = args.multirun and (args.cfg or args.info)
+        hint = f"; {given[1]} shows one configuration: leave -m out, and give every setting one value" if one else ""
+        raise UserError(f"{', '.join(given)}: only one of them at a time{hint}")
+    if args.resolve and not args.cfg:
+        raise UserError("--resolve: only together with --cfg or --help")
+    if args.shell_completion and "COMP_LINE" not in os.environ and any(a.startswith("query=") for a in args.overrides):
+        install = f'eval "$({Path(sys.argv[0]).name} -sc install=bash)"'
+        raise UserError(f"--shell-completion query=...: is asked by a shell that was told {install}")
+
+
+def _is_of_hydra(error: BaseException) -> bool:
+    """Whether Hydra itself raised it, not a job that Hydra ran."""
+    frames = list(traceback.walk_tb(error.__traceback__))
+    return bool(str(frames[-1][0].f_globals.get("__name__")).startswith("hydra."))
 
 
 def _need_launchers(arguments: list[str]) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -54,9 +54,11 @@ def diagnose(args: argparse.Namespace, config_name: str, check: Check) -> tuple[
     loader = ConfigLoaderImpl(_search_path(args))
     texts = [o.input_line for o in overrides]
     _, repo = loader._parse_overrides_and_create_caching_repo(config_name, texts)
+    chosen = loader.compute_defaults_list(config_name, [], RunMode.RUN).overrides.known_choices
     good = []
     for override in overrides:
-        found = _option_problems(repo, override) + _sweep_problems(override, args.multirun)
+        found = _option_problems(repo, override) + _added_problems(repo, override, chosen)
+        found += _sweep_problems(override, args.multirun)
         problems += found
         if not found:
             good.append(override)
@@ -95,6 +97,17 @@ def _options(repo: Any, group: str) -> list[str]:
     return found
 
 
+def _added_problems(repo: Any, override: Override, chosen: Mapping[str, Any]) -> list[str]:
+    """An option added to a group that has one (which another option replaces), or forced, which no group allows."""
+    if not (override.is_add() or override.is_force_add()) or not _is_group(repo, override):
+        return []
+    typed, key = str(override.input_line), override.get_key_element().lstrip("+")
+    right = f"{'' if key in chosen else '+'}{key}={typed.partition('=')[2]}"
+    if typed == right or isinstance(override.value(), Mapping):
+        return []
+    return [f"{typed}: write {right}"]
+
+
 def _option_problems(repo: Any, override: Override) -> list[str]:
     if override.is_delete() or _is_hydra(override) or not _is_group(repo, override):
         return []
@@ -106,12 +119,14 @@ def _option_problems(repo: Any, override: Override) -> list[str]:
         values = list(override.sweep_string_iterator())
     else:
         return []
-    group = override.key_or_group
-    return [
-        f"{group} = {value}: no such option; {suggest(str(value), known)}"
-        for value in values
-        if value is not None and value != "null" and str(value) not in known
-    ]
+    group, problems = override.key_or_group, []
+    for value in values:
+        if value is None or value == "null":
+            names = ", ".join(sorted(known))
+            problems.append(f"{group} = null: no such option; ~{group} leaves the group out; known: {names}")
+        elif str(value) not in known:
+            problems.append(f"{group} = {value}: no such option; {suggest(str(value), known)}")
+    return problems
 
 
 def _sweep_problems(override: Override, multirun: bool) -> list[str]:

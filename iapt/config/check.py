@@ -193,6 +193,8 @@ def _build(
             fitted[f.name] = _build(nested, value, f"{prefix}{f.name}.", {}, problems)
             continue
         where = f"{prefix}{f.name} = {value!r}"
+        choices, minimum = f.metadata.get("choices"), f.metadata.get("minimum")
+        allowed = f"allowed are {', '.join(map(str, choices))}" if choices else ""
         if value == "???":
             problems.append(f"{prefix}{f.name}: missing, and has no default")
             continue
@@ -201,11 +203,10 @@ def _build(
             typed[f.name] = value
             value = OmegaConf.to_container(typed)[f.name]  # type: ignore[index,call-overload]
         except OmegaConfBaseException:
-            problems.append(f"{where}: expected {_type_name(hints[f.name])}")
+            problems.append(f"{where}: {allowed or f'expected {_type_name(hints[f.name])}'}")
             continue
-        choices, minimum = f.metadata.get("choices"), f.metadata.get("minimum")
         if choices and value not in choices:
-            problems.append(f"{where}: allowed are {', '.join(map(str, choices))}")
+            problems.append(f"{where}: {allowed}")
         elif minimum is not None and value is not None and value < minimum:
             problems.append(f"{where}: must be at least {minimum}")
         fitted[f.name] = value

@@ -22,12 +22,16 @@ LIBRARIES = ("torch", "transformers", "peft", "accelerate", "datasets")
 
 def tested(name: str) -> SpecifierSet:
     """The versions of one library that were tested; any version where the package's metadata is not to be found."""
-    try:
-        required = [Requirement(line) for line in importlib.metadata.requires("iapt") or ()]
-    except importlib.metadata.PackageNotFoundError:  # a source tree that nobody installed
-        return SpecifierSet()
     # An extra that includes another one repeats its requirements.
-    return functools.reduce(operator.and_, (r.specifier for r in required if r.name == name), SpecifierSet())
+    return functools.reduce(operator.and_, (r.specifier for r in _required() if r.name == name), SpecifierSet())
+
+
+@functools.cache
+def _required() -> list[Requirement]:
+    try:
+        return [Requirement(line) for line in importlib.metadata.requires("iapt") or ()]
+    except importlib.metadata.PackageNotFoundError:  # a source tree that nobody installed
+        return []
 
 
 def beyond_tested(*names: str) -> str:

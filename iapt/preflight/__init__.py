@@ -32,11 +32,14 @@ from iapt.preflight.checks import WHAT, Probe
 from iapt.preflight.tools import no_room, undisturbed
 
 
-def run(config: Config, model: AdaptedModel, *, gradients: bool) -> dict[str, Any]:
-    """`check`, unless the configuration says off. Every process runs it: sharded layers need all of them."""
-    if config.preflight == "off":
-        return {"status": "off"}
-    return check(model, config.method.name, gradients=gradients)
+def run(config: Config, model: AdaptedModel, *, gradients: bool) -> str:
+    """Put what `check` finds into `model.preflight`, unless the configuration says off; returns a line for people.
+
+    Every process runs it: sharded layers need all of them.
+    """
+    off = config.preflight == "off"
+    model.preflight = {"status": "off"} if off else check(model, config.method.name, gradients=gradients)
+    return line(model.preflight)
 
 
 def check(model: AdaptedModel, name: str, *, gradients: bool = True, switch: str = "preflight=off") -> dict[str, Any]:

@@ -124,8 +124,7 @@ def evaluate(checkpoint: Path, folder: Path, overrides: dict[str, Any], split: s
     same_task = config.task.name == meta["config"]["task"]["name"]
     if same_task and parts.task.template_hash != meta["template_hash"]:
         tracker.say("the template is not the one this adapter was trained with")
-    probed = preflight.run(config, parts.model, gradients=False)
-    tracker.say(preflight.line(probed))
+    tracker.say(preflight.run(config, parts.model, gradients=False))
     start = time.perf_counter()
     result = evaluate_split(
         parts.model, config.task, parts.task.splits[split], parts.items[split],
@@ -140,7 +139,7 @@ def evaluate(checkpoint: Path, folder: Path, overrides: dict[str, Any], split: s
         "test": None,
         split: result.values[config.task.metrics[0]],
         "metrics": {split: result.values},
-        "preflight": probed,
+        "preflight": parts.model.preflight,
         "status": "ok",
         "eval_seconds": round(time.perf_counter() - start, 3),
         **circumstances(parts.accelerator),
@@ -218,8 +217,7 @@ def _run(config: Config, folder: Path) -> dict[str, Any]:
         f"({parts.backbone_parameters:,} in all), device {accelerator.device}"
     )
 
-    probed = preflight.run(config, model, gradients=True)
-    tracker.say(preflight.line(probed))
+    tracker.say(preflight.run(config, model, gradients=True))
 
     def score(shown: Task, items: dict[str, list[Encoded]], split: str) -> Evaluation:
         size = config.trainer.eval_batch_size
@@ -250,7 +248,7 @@ def _run(config: Config, folder: Path) -> dict[str, Any]:
         "majority": task.majority("test"),
         "metrics": {"zero_shot": zero_shot, "dev": dev.values, "test": test.values},
         **training,
-        "preflight": probed,
+        "preflight": model.preflight,
         "note": None,
         "status": "ok",
         **circumstances(parts.accelerator),

@@ -6,6 +6,7 @@ import dataclasses
 
 from iapt.config.schema import Config
 from iapt.data.batch import Encoded, encode_examples
+from iapt.data.spelling import Speller
 from iapt.data.task import Task
 from iapt.methods.registry import spec_of
 from iapt.model.backbone import Backbone
@@ -59,7 +60,7 @@ def encode(
         The encoded splits, and what the user should be told about them.
 
     Raises:
-        UserError: what `encode_examples` raises.
+        UserError: what `encode_examples` raises, and a label word that no generated text can show.
     """
     items, notes = {}, list(task.notes)
     for split, examples in task.splits.items():
@@ -75,6 +76,8 @@ def encode(
             max_new_tokens=config.task.max_new_tokens if generates(config) else 0,
         )
         notes += [f"{split}: {word}" for word in words]
+        if task.choices and config.task.scoring == "generation":  # what cannot be told is said before training
+            Speller(backbone.tokenizer, items[split]).label_words(task.choices, items[split][0].choices)
     return items, notes
 
 

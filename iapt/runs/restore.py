@@ -128,7 +128,7 @@ def build_model(saved: Saved) -> tuple[AdaptedModel, Accelerator]:
     method = spec_of(config.method).build(config.method, backbone)
     model = AdaptedModel(backbone, method, precision=hardware.precision)
     put_back(model, saved.tensors, f"{saved.key} = {saved.folder}")
-    model.preflight = preflight.run(config, model, gradients=False)
+    preflight.run(config, model, gradients=False)
     return model, accelerator
 
 

@@ -5,15 +5,20 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
+from iapt.config.schema import Config
+from iapt.evaluation.activations import observe, write_activations
 from iapt.methods.iapt import Iapt, IaptConfig
 from iapt.methods.registry import METHODS
+from iapt.model.adapted import AdaptedModel
 from iapt.model.method import BiLevel
 from iapt.nn.rational import Rational
+from iapt.runs import stages
 from tests.contracts.conftest import batch, build_backbone, examples
 
 BASE = IaptConfig(name="iapt", bottleneck=8)
@@ -158,7 +163,7 @@ def reported(folder: Path, method: Iapt, states: list[torch.Tensor]) -> tuple[li
             for layer in range(len(method.activations)):
                 method(layer, one, mask, torch.zeros(1, 4, 32))
 
-    lines = method.write_report(folder, encode)
+    lines = write_activations(folder, method.observed(), observe(method.observed(), encode))
     assert (folder / "activations.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     return json.loads((folder / "activations.json").read_text())["layers"], lines
 
@@ -229,8 +234,11 @@ def test_the_report_knows_fixed_activations_and_halves(tmp_path: Path):
 
 def test_other_processes_encode_but_write_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
-    method, ran = make(2), []
-    assert method.write_report(None, lambda: ran.append(1)) == []
-    assert ran == [1]
+    backbone, ran = build_backbone("llama"), []
+    model = AdaptedModel(backbone, Iapt(IaptConfig(), backbone.num_layers, backbone.hidden_size))
+    monkeypatch.setattr(model, "encode", lambda batch: ran.append(len(batch.indices)))
+    other = SimpleNamespace(is_main_process=False, device=torch.device("cpu"))
+    assert stages.report(Config(), model, examples(), other, tmp_path) == []
+    assert sum(ran) == len(examples())
     assert not list(tmp_path.iterdir())
-    assert not any(a._forward_pre_hooks for a in method.activations)
+    assert not any(a._forward_pre_hooks for a in model.method.activations)

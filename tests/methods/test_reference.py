@@ -116,8 +116,8 @@ def test_without_label_scores_nothing_is_calibrated():
     unfitted = METHODS["calibrated"].build(METHODS["calibrated"].config(name="calibrated"), model.backbone)
     unfitted.fit(model, [dataclasses.replace(batch(examples()), choice_ids=None, choice_mask=None)])
     assert torch.equal(unfitted.adjust_scores(torch.ones(2, 5)), torch.ones(2, 5))
-    assert "equals zero_shot" in unfitted.write_report(None, lambda: None)[0]
-    assert "label prior" in model.method.write_report(None, lambda: None)[0]
+    assert "equals zero_shot" in unfitted.findings()[0]
+    assert "label prior" in model.method.findings()[0]
 
 
 @pytest.mark.parametrize("method", ["zero_shot", "in_context", "calibrated"])

@@ -206,13 +206,10 @@ def test_the_report_names_what_is_kept(tmp_path: Path):
     method.start(2)
     method.renew(1)
     active, total = 2 * 32 * 8, 4 * 2 * 32 * 8 + 4
-    assert method.write_report(tmp_path, lambda: None) == [
+    assert method.findings() == [
         f"layers kept: 3; {active} of {total:,} parameters are active; gates: 0.500, 0.500, 0.500, 0.731"
     ]
-    assert method.write_report(None, lambda: None) == []
-    assert make(layers=[2, 0]).write_report(tmp_path, lambda: None) == [
-        "layers kept: 0, 2; 1,024 of 1,024 parameters are active"
-    ]
+    assert make(layers=[2, 0]).findings() == ["layers kept: 0, 2; 1,024 of 1,024 parameters are active"]
 
 
 def test_sizes_on_llama2_7b(llama2_7b):
