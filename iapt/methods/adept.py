@@ -67,7 +67,7 @@ def build(config: AdeptConfig, backbone: Backbone) -> Adept:
 
 def count(config: AdeptConfig, backbone: Backbone) -> int:
     """m d + 2 d r + r + d."""
-    d, r = backbone.hidden_size, config.bottleneck
+    d, r = backbone.embedding_size, config.bottleneck
     return config.num_soft_tokens * d + 2 * d * r + r + d
 
 

@@ -66,7 +66,7 @@ def build(config: DeptConfig, backbone: Backbone) -> Dept:
 
 def count(config: DeptConfig, backbone: Backbone) -> int:
     """m d + r (S + d)."""
-    d = backbone.hidden_size
+    d = backbone.embedding_size
     return config.num_soft_tokens * d + offset_parameters(config.max_offsets, d, config.rank)
 
 

@@ -118,7 +118,7 @@ def build(config: EptConfig, backbone: Backbone) -> Ept:
 
 def count(config: EptConfig, backbone: Backbone) -> int:
     """m d + r (S + d) + 4 d a + K (2 d p + p + d) + K (d + 1), p the projections' inner width."""
-    d, p = backbone.hidden_size, config.projection_width
+    d, p = backbone.embedding_size, config.projection_width
     decomposed = config.num_soft_tokens * d + offset_parameters(config.max_offsets, d, config.rank)
     return decomposed + 4 * d * config.attention_width + config.num_spaces * (2 * d * p + p + 2 * d + 1)
 

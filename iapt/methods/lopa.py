@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from iapt.errors import UserError
 from iapt.methods import MethodSpec, SizeKnob, SoftPrompt, SoftPromptConfig, register
 from iapt.methods.prompt_tuning import random_tokens
 
@@ -70,7 +71,16 @@ class Lopa(SoftPrompt):
 
 
 def build(config: LopaConfig, backbone: Backbone) -> Lopa:
-    """The method at its start: P_task from embeddings of random tokens, torch's defaults for the heads."""
+    """The method at its start: P_task from embeddings of random tokens, torch's defaults for the heads.
+
+    Raises:
+        UserError: if embeddings are not as wide as layers.
+    """
+    if backbone.embedding_size != backbone.hidden_size:
+        raise UserError(
+            f"method: Lopa starts layers from token embeddings, and in {type(backbone.lm).__name__} these are "
+            f"{backbone.embedding_size} wide, layers {backbone.hidden_size}; method=prompt_tuning can do with that"
+        )
     return Lopa(config, random_tokens(config.num_soft_tokens, backbone))
 
 

@@ -46,7 +46,7 @@ class PTuningConfig(SoftPromptConfig):
 
     def width(self, backbone: Backbone) -> int:
         """`encoder_width` settled; even for the LSTM."""
-        width = self.encoder_width or backbone.hidden_size
+        width = self.encoder_width or backbone.embedding_size
         return width + width % 2 if self.encoder == "lstm" else width
 
 
@@ -90,13 +90,13 @@ class PTuning(SoftPrompt):
 
 def build(config: PTuningConfig, backbone: Backbone) -> PTuning:
     """The method at its start: a table from N(0, 1), torch's defaults for the encoder."""
-    return PTuning(config, backbone.hidden_size, config.width(backbone))
+    return PTuning(config, backbone.embedding_size, config.width(backbone))
 
 
 def count(config: PTuningConfig, backbone: Backbone) -> int:
     """s d + w (w + 1) + d (w + 1), and before it: mlp w (d + 1); lstm, two directions of h = w / 2 with four gates
     and torch's two biases a gate: 8 h (d + h + 2) + 8 h (2 h + h + 2)."""
-    d, w = backbone.hidden_size, config.width(backbone)
+    d, w = backbone.embedding_size, config.width(backbone)
     h = w // 2
     first = w * (d + 1) if config.encoder == "mlp" else 8 * h * (d + h + 2) + 8 * h * (3 * h + 2)
     return config.num_soft_tokens * d + first + (w + d) * (w + 1)

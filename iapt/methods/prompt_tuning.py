@@ -68,7 +68,7 @@ def draw_start(config: PromptTuningConfig, backbone: Backbone) -> Tensor:
     """The soft tokens (s, d) at their start. Raises UserError if `init_text` has no tokens."""
     s = config.num_soft_tokens
     if config.init == "random":
-        return torch.randn(s, backbone.hidden_size) * config.init_std
+        return torch.randn(s, backbone.embedding_size) * config.init_std
     if config.init == "vocabulary":
         return random_tokens(s, backbone)
     ids = torch.tensor(backbone.tokenizer.encode(config.init_text, add_special_tokens=False), dtype=torch.long)
@@ -83,8 +83,8 @@ def build(config: PromptTuningConfig, backbone: Backbone) -> PromptTuning:
 
 
 def count(config: PromptTuningConfig, backbone: Backbone) -> int:
-    """s d."""
-    return config.num_soft_tokens * backbone.hidden_size
+    """s e, e the width of a token's embedding, which is d in nearly all models."""
+    return config.num_soft_tokens * backbone.embedding_size
 
 
 register("prompt_tuning", MethodSpec(PromptTuningConfig, build, count))

@@ -65,7 +65,7 @@ def build(config: PtecConfig, backbone: Backbone) -> Ptec:
 
 def count(config: PtecConfig, backbone: Backbone) -> int:
     """s d + C (d + 1)."""
-    d = backbone.hidden_size
+    d = backbone.embedding_size
     return config.num_soft_tokens * d + len(config.label_words) * (d + 1)
 
 

@@ -139,8 +139,8 @@ def build(config: SciPromptConfig, backbone: Backbone) -> SciPrompt:
 
 
 def count(config: SciPromptConfig, backbone: Backbone) -> int:
-    """s d."""
-    return config.num_soft_tokens * backbone.hidden_size
+    """s e."""
+    return config.num_soft_tokens * backbone.embedding_size
 
 
 register("sciprompt", MethodSpec(SciPromptConfig, build, count, rewrite))

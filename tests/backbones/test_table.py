@@ -61,7 +61,11 @@ def test_the_preflight_reads_the_table() -> None:
 
 def test_a_type_has_to_be_right_on_all_its_architectures() -> None:
     right, refused = {v: ["right", ""] for v in VARIANTS}, {v: ["refused", "why: not; x"] for v in VARIANTS}
-    results = {"falcon": right, "falcon-alibi": {**right, "para": ["refused", "why; not"]}, "blt": {"all": ["unbuilt", "large"]}}
+    results = {
+        "falcon": right,
+        "falcon-alibi": {**right, "para": ["refused", "why; not"]},
+        "blt": {"all": ["unbuilt", "large"]},
+    }
     families = shipped(results)["families"]
     assert set(families) == {"falcon"}
     assert families["falcon"]["refused"] == {"para": "para: why"}
