@@ -1,6 +1,6 @@
 # make demo   installs into .venv and trains the embedded default
 # make test   installs the test extra and runs every test
-# make check  linter, formatter, type checker
+# make check  linter, formatter, type checker, and that imports lead down
 # make lock   resolves pyproject.toml into requirements.lock and requirements-oldest.lock; what is locked already
 #             stays where it may, LOCK_ARGS=--upgrade takes the newest of everything
 # make test-oldest, make test-newest   the contract on both ends of pyproject.toml's ranges; -fast: a part of it
@@ -27,6 +27,7 @@ check: .venv/installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 
 contract: .venv/installed-test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 2 -p tests.contracts.table \

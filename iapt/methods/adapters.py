@@ -17,7 +17,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -26,10 +26,8 @@ from iapt.config.fields import at_least, choice
 from iapt.config.method import MethodConfig, SizeKnob
 from iapt.methods.registry import MethodSpec, register
 from iapt.model.architecture import SUBLAYERS, find_sublayers
+from iapt.model.backbone import Backbone
 from iapt.model.method import WeightMethod
-
-if TYPE_CHECKING:
-    from iapt.model.backbone import Backbone
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "gelu": F.gelu, "silu": F.silu, "tanh": F.tanh}
 

@@ -13,7 +13,6 @@ training as in decoding (I). A starts as torch's linear maps do, Kaiming-uniform
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -22,9 +21,7 @@ from iapt.config.fields import at_least
 from iapt.config.method import SizeKnob, SoftPromptConfig
 from iapt.methods.prompt_tuning import PromptTuning, random_tokens
 from iapt.methods.registry import MethodSpec, register
-
-if TYPE_CHECKING:
-    from iapt.model.backbone import Backbone
+from iapt.model.backbone import Backbone
 
 
 @dataclass
@@ -69,7 +66,7 @@ def build(config: AdeptConfig, backbone: Backbone) -> Adept:
 
 def count(config: AdeptConfig, backbone: Backbone) -> int:
     """m d + 2 d r + r + d."""
-    d, r = backbone.hidden_size, config.bottleneck
+    d, r = backbone.embedding_size, config.bottleneck
     return config.num_soft_tokens * d + 2 * d * r + r + d
 
 

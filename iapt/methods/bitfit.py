@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,11 +18,9 @@ from iapt.config.errors import UserError
 from iapt.config.method import MethodConfig
 from iapt.methods.registry import MethodSpec, register
 from iapt.model.architecture import is_rewindable
+from iapt.model.backbone import Backbone
 from iapt.model.method import WeightMethod
 from iapt.model.reach import reached
-
-if TYPE_CHECKING:
-    from iapt.model.backbone import Backbone
 
 
 @dataclass

@@ -7,15 +7,13 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from iapt.config.errors import UserError
 from iapt.config.method import MethodConfig
 from iapt.config.schema import BUDGET, BUDGET_FORM
 from iapt.methods.registry import spec_of
-
-if TYPE_CHECKING:
-    from iapt.model.backbone import Backbone
+from iapt.model.backbone import Backbone
 
 _UNITS = {"": 1, "k": 1e3, "m": 1e6, "b": 1e9}
 

@@ -15,7 +15,6 @@ training as in decoding (I). Tokens behind the first S, `max_offsets`, get none 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from torch import Tensor
 
@@ -23,10 +22,8 @@ from iapt.config.fields import at_least
 from iapt.config.method import SizeKnob, SoftPromptConfig
 from iapt.methods.prompt_tuning import PromptTuning, random_tokens
 from iapt.methods.registry import MethodSpec, register
+from iapt.model.backbone import Backbone
 from iapt.nn.offsets import PositionOffsets, offset_parameters
-
-if TYPE_CHECKING:
-    from iapt.model.backbone import Backbone
 
 
 @dataclass
@@ -68,7 +65,7 @@ def build(config: DeptConfig, backbone: Backbone) -> Dept:
 
 def count(config: DeptConfig, backbone: Backbone) -> int:
     """m d + r (S + d)."""
-    d = backbone.hidden_size
+    d = backbone.embedding_size
     return config.num_soft_tokens * d + offset_parameters(config.max_offsets, d, config.rank)
 
 

@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -31,11 +30,9 @@ from iapt.config.fields import at_least
 from iapt.config.method import SizeKnob, SoftPromptConfig
 from iapt.methods.prompt_tuning import PromptTuning, random_tokens
 from iapt.methods.registry import MethodSpec, register
+from iapt.model.backbone import Backbone
 from iapt.nn.norm import unit_rms
 from iapt.nn.offsets import PositionOffsets, offset_parameters
-
-if TYPE_CHECKING:
-    from iapt.model.backbone import Backbone
 
 
 @dataclass
@@ -120,7 +117,7 @@ def build(config: EptConfig, backbone: Backbone) -> Ept:
 
 def count(config: EptConfig, backbone: Backbone) -> int:
     """m d + r (S + d) + 4 d a + K (2 d p + p + d) + K (d + 1), p the projections' inner width."""
-    d, p = backbone.hidden_size, config.projection_width
+    d, p = backbone.embedding_size, config.projection_width
     decomposed = config.num_soft_tokens * d + offset_parameters(config.max_offsets, d, config.rank)
     return decomposed + 4 * d * config.attention_width + config.num_spaces * (2 * d * p + p + 2 * d + 1)
 

@@ -11,17 +11,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 from torch import nn
 
 from iapt.config.errors import UserError
 from iapt.config.method import MethodConfig
 from iapt.methods.registry import MethodSpec, register
+from iapt.model.backbone import Backbone
 from iapt.model.method import WeightMethod
-
-if TYPE_CHECKING:
-    from iapt.model.backbone import Backbone
 
 
 @dataclass

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -27,13 +26,11 @@ from torch import Tensor, nn
 from iapt.config.fields import at_least, choice
 from iapt.config.method import SizeKnob, SoftPromptConfig
 from iapt.methods.registry import MethodSpec, register
+from iapt.model.backbone import Backbone
 from iapt.model.method import BiLevel, SoftPrompt
 from iapt.nn.norm import to_read
 from iapt.nn.pooling import last_tokens, segment_pool, self_attention_pool
 from iapt.nn.rational import FITS, FUNCTIONS, Rational
-
-if TYPE_CHECKING:
-    from iapt.model.backbone import Backbone
 
 ACTIVATIONS = ("rational", "relu", "gelu", "silu", "tanh", "identity")
 

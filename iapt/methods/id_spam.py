@@ -17,7 +17,6 @@ parameters (50M of LLaMA-2 7B), so a is a setting and smaller by default (I).
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -26,12 +25,10 @@ from iapt.config.errors import UserError
 from iapt.config.fields import at_least, choice
 from iapt.config.method import SizeKnob, SoftPromptConfig
 from iapt.methods.registry import MethodSpec, register
+from iapt.model.backbone import Backbone
 from iapt.model.method import SoftPrompt
 from iapt.nn.norm import to_read
 from iapt.nn.pooling import mean_pool
-
-if TYPE_CHECKING:
-    from iapt.model.backbone import Backbone
 
 
 @dataclass

@@ -22,7 +22,6 @@ the same for every instance.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -30,11 +29,9 @@ from torch import Tensor, nn
 from iapt.config.fields import at_least, choice
 from iapt.config.method import SizeKnob, SoftPromptConfig
 from iapt.methods.registry import MethodSpec, register
+from iapt.model.backbone import Backbone
 from iapt.model.method import SoftPrompt
 from iapt.nn.norm import to_read
-
-if TYPE_CHECKING:
-    from iapt.model.backbone import Backbone
 
 
 @dataclass

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -11,12 +10,10 @@ from torch import Tensor
 from iapt.config.errors import UserError
 from iapt.config.fields import at_least, choice
 from iapt.config.method import SizeKnob, SoftPromptConfig
+from iapt.config.task import TaskConfig
+from iapt.data.batch import Batch
 from iapt.methods.prompt_tuning import PromptTuningConfig, draw_start
-
-if TYPE_CHECKING:
-    from iapt.config.task import TaskConfig
-    from iapt.data.batch import Batch
-    from iapt.model.backbone import Backbone
+from iapt.model.backbone import Backbone
 
 
 @dataclass

@@ -11,19 +11,17 @@ instruction, from a pass of its own (I). P enters at the input and its states ru
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
+from iapt.config.errors import UserError
 from iapt.config.fields import at_least, choice
 from iapt.config.method import SizeKnob, SoftPromptConfig
 from iapt.methods.prompt_tuning import random_tokens
 from iapt.methods.registry import MethodSpec, register
+from iapt.model.backbone import Backbone
 from iapt.model.method import SoftPrompt
-
-if TYPE_CHECKING:
-    from iapt.model.backbone import Backbone
 
 
 @dataclass
@@ -71,7 +69,16 @@ class Lopa(SoftPrompt):
 
 
 def build(config: LopaConfig, backbone: Backbone) -> Lopa:
-    """The method at its start: P_task from embeddings of random tokens, torch's defaults for the heads."""
+    """The method at its start: P_task from embeddings of random tokens, torch's defaults for the heads.
+
+    Raises:
+        UserError: if embeddings are not as wide as layers.
+    """
+    if backbone.embedding_size != backbone.hidden_size:
+        raise UserError(
+            f"method: Lopa starts layers from token embeddings, and in {type(backbone.lm).__name__} these are "
+            f"{backbone.embedding_size} wide, layers {backbone.hidden_size}; method=prompt_tuning can do with that"
+        )
     return Lopa(config, random_tokens(config.num_soft_tokens, backbone))
 
 

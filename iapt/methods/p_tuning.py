@@ -12,7 +12,6 @@ After training only P matters, but the encoder is what is saved: training can go
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -20,10 +19,8 @@ from torch import Tensor, nn
 from iapt.config.fields import at_least, choice
 from iapt.config.method import SizeKnob, SoftPromptConfig
 from iapt.methods.registry import MethodSpec, register
+from iapt.model.backbone import Backbone
 from iapt.model.method import SoftPrompt
-
-if TYPE_CHECKING:
-    from iapt.model.backbone import Backbone
 
 
 @dataclass
@@ -47,7 +44,7 @@ class PTuningConfig(SoftPromptConfig):
 
     def width(self, backbone: Backbone) -> int:
         """`encoder_width` settled; even for the LSTM."""
-        width = self.encoder_width or backbone.hidden_size
+        width = self.encoder_width or backbone.embedding_size
         return width + width % 2 if self.encoder == "lstm" else width
 
 
@@ -91,13 +88,13 @@ class PTuning(SoftPrompt):
 
 def build(config: PTuningConfig, backbone: Backbone) -> PTuning:
     """The method at its start: a table from N(0, 1), torch's defaults for the encoder."""
-    return PTuning(config, backbone.hidden_size, config.width(backbone))
+    return PTuning(config, backbone.embedding_size, config.width(backbone))
 
 
 def count(config: PTuningConfig, backbone: Backbone) -> int:
     """s d + w (w + 1) + d (w + 1), and before it: mlp w (d + 1); lstm, two directions of h = w / 2 with four gates
     and torch's two biases a gate: 8 h (d + h + 2) + 8 h (2 h + h + 2)."""
-    d, w = backbone.hidden_size, config.width(backbone)
+    d, w = backbone.embedding_size, config.width(backbone)
     h = w // 2
     first = w * (d + 1) if config.encoder == "mlp" else 8 * h * (d + h + 2) + 8 * h * (3 * h + 2)
     return config.num_soft_tokens * d + first + (w + d) * (w + 1)

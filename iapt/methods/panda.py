@@ -22,20 +22,18 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from iapt.config.fields import at_least, choice
+from iapt.data.batch import Batch
 from iapt.methods.prompt_tuning import PromptTuning, PromptTuningConfig, count, draw_start
 from iapt.methods.registry import MethodSpec, register
+from iapt.model.backbone import Backbone
 from iapt.model.method import Passes
-
-if TYPE_CHECKING:
-    from iapt.data.batch import Batch
-    from iapt.model.backbone import Backbone
 
 
 @dataclass

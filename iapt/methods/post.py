@@ -19,20 +19,17 @@ The source is read before training starts, and is no part of the adapter: a save
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from iapt.config.errors import UserError
 from iapt.config.fields import at_least
+from iapt.data.batch import Batch
 from iapt.methods.prompt_tuning import PromptTuning, PromptTuningConfig, count, draw_start
 from iapt.methods.registry import MethodSpec, register
-from iapt.model.method import Passes, SoftPrompt
-
-if TYPE_CHECKING:
-    from iapt.data.batch import Batch
-    from iapt.model.backbone import Backbone
+from iapt.model.backbone import Backbone
+from iapt.model.method import Passes
 
 KEY = "method.source"
 
@@ -68,12 +65,8 @@ class Post(PromptTuning):
         """Take `source`, frozen and in eval mode, for the teacher of a prompt on `target`.
 
         Raises:
-            UserError: if their vocabularies differ, or it is no soft prompt's.
+            UserError: if their vocabularies differ.
         """
-        if not isinstance(source.method, SoftPrompt):
-            raise UserError(
-                f"{KEY} = {self.config.source}: holds an adapter of {type(source.method).__name__}, not a soft prompt's"
-            )
         sizes = [backbone.lm.config.vocab_size for backbone in (source.backbone, target)]
         if sizes[0] != sizes[1]:
             raise UserError(f"{KEY} = {self.config.source}: its backbone has {sizes[0]} tokens, this one {sizes[1]}")
@@ -85,7 +78,8 @@ class Post(PromptTuning):
                 f"{strange!r} there"
             )
         source.lm.requires_grad_(False)
-        source.method.requires_grad_(False).eval()
+        if source.method is not None:
+            source.method.requires_grad_(False).eval()
         self._source = (source,)
 
     def objective(self, model: Passes, batch: Batch) -> Tensor:

@@ -15,7 +15,6 @@ Either way the soft columns stand in the sequence: text positions start at s bef
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -25,11 +24,9 @@ from iapt.config.fields import at_least, choice
 from iapt.config.method import SizeKnob, SoftPromptConfig
 from iapt.methods.registry import MethodSpec, register
 from iapt.model.architecture import arguments_of, check_keys_and_values, is_rewindable
+from iapt.model.backbone import Backbone
 from iapt.model.cache import PassCache
 from iapt.model.method import SoftPrompt
-
-if TYPE_CHECKING:
-    from iapt.model.backbone import Backbone
 
 
 @dataclass

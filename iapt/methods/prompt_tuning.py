@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -12,10 +11,8 @@ from iapt.config.errors import UserError
 from iapt.config.fields import at_least, choice
 from iapt.config.method import SizeKnob, SoftPromptConfig
 from iapt.methods.registry import MethodSpec, register
+from iapt.model.backbone import Backbone
 from iapt.model.method import SoftPrompt
-
-if TYPE_CHECKING:
-    from iapt.model.backbone import Backbone
 
 
 @dataclass
@@ -69,7 +66,7 @@ def draw_start(config: PromptTuningConfig, backbone: Backbone) -> Tensor:
     """The soft tokens (s, d) at their start. Raises UserError if `init_text` has no tokens."""
     s = config.num_soft_tokens
     if config.init == "random":
-        return torch.randn(s, backbone.hidden_size) * config.init_std
+        return torch.randn(s, backbone.embedding_size) * config.init_std
     if config.init == "vocabulary":
         return random_tokens(s, backbone)
     ids = torch.tensor(backbone.tokenizer.encode(config.init_text, add_special_tokens=False), dtype=torch.long)
@@ -84,8 +81,8 @@ def build(config: PromptTuningConfig, backbone: Backbone) -> PromptTuning:
 
 
 def count(config: PromptTuningConfig, backbone: Backbone) -> int:
-    """s d."""
-    return config.num_soft_tokens * backbone.hidden_size
+    """s e, e the width of a token's embedding, which is d in nearly all models."""
+    return config.num_soft_tokens * backbone.embedding_size
 
 
 register("prompt_tuning", MethodSpec(PromptTuningConfig, build, count))

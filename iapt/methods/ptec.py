@@ -15,19 +15,16 @@ The authors' multi-label form (a binary cross-entropy for each label) is left ou
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
 from iapt.config.fields import at_least
+from iapt.data.batch import Batch
 from iapt.methods.labels import LabelPromptConfig, label_loss, start_of
 from iapt.methods.prompt_tuning import PromptTuning
 from iapt.methods.registry import MethodSpec, register
+from iapt.model.backbone import Backbone
 from iapt.model.method import Passes
-
-if TYPE_CHECKING:
-    from iapt.data.batch import Batch
-    from iapt.model.backbone import Backbone
 
 
 @dataclass
@@ -66,7 +63,7 @@ def build(config: PtecConfig, backbone: Backbone) -> Ptec:
 
 def count(config: PtecConfig, backbone: Backbone) -> int:
     """s d + C (d + 1)."""
-    d = backbone.hidden_size
+    d = backbone.embedding_size
     return config.num_soft_tokens * d + len(config.label_words) * (d + 1)
 
 

@@ -13,7 +13,6 @@ import math
 import random
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -21,13 +20,11 @@ from torch import Tensor
 from iapt.config.errors import UserError
 from iapt.config.fields import at_least
 from iapt.config.method import MethodConfig
+from iapt.data.batch import Batch
+from iapt.data.task import Example, Task
 from iapt.methods.registry import MethodSpec, register
+from iapt.model.backbone import Backbone
 from iapt.model.method import Method, Passes
-
-if TYPE_CHECKING:
-    from iapt.data.batch import Batch
-    from iapt.data.task import Example, Task
-    from iapt.model.backbone import Backbone
 
 MOST_LABELS = 256  # the prior's buffer has one size, since the backbone alone must tell an adapter's shapes
 

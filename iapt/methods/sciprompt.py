@@ -16,22 +16,19 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from iapt.config.fields import choice
+from iapt.data.batch import Batch
+from iapt.data.task import Task
 from iapt.methods.labels import LabelPromptConfig, label_loss, start_of
 from iapt.methods.prompt_tuning import PromptTuning
 from iapt.methods.registry import MethodSpec, register
+from iapt.model.backbone import Backbone
 from iapt.model.method import Passes
-
-if TYPE_CHECKING:
-    from iapt.data.batch import Batch
-    from iapt.data.task import Task
-    from iapt.model.backbone import Backbone
 
 
 @dataclass
@@ -140,8 +137,8 @@ def build(config: SciPromptConfig, backbone: Backbone) -> SciPrompt:
 
 
 def count(config: SciPromptConfig, backbone: Backbone) -> int:
-    """s d."""
-    return config.num_soft_tokens * backbone.hidden_size
+    """s e."""
+    return config.num_soft_tokens * backbone.embedding_size
 
 
 register("sciprompt", MethodSpec(SciPromptConfig, build, count, rewrite))

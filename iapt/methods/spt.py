@@ -22,7 +22,7 @@ A checkpoint from before that is never chosen. `count` is of the search; what is
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -31,12 +31,10 @@ from iapt.config.errors import UserError
 from iapt.config.fields import at_least, choice
 from iapt.config.method import SizeKnob, SoftPromptConfig
 from iapt.methods.registry import MethodSpec, register
+from iapt.model.backbone import Backbone
 from iapt.model.method import BiLevel, SoftPrompt
 from iapt.nn.norm import to_read
 from iapt.nn.pooling import segment_pool
-
-if TYPE_CHECKING:
-    from iapt.model.backbone import Backbone
 
 
 @dataclass

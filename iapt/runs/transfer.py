@@ -73,7 +73,12 @@ def _teacher(folder: str, device: torch.device) -> AdaptedModel:
     """The model that a run left; leaves torch's random numbers as they were."""
     saved = read_saved(Path(folder).expanduser(), {"hardware": {"device": device.type}}, "method.source")
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        return build_model(saved)[0]
+        source, _ = build_model(saved)
+    if not isinstance(source.method, SoftPrompt):
+        raise UserError(
+            f"method.source = {folder}: holds an adapter of method {saved.config.method.name}, not a soft prompt's"
+        )
+    return source
 
 
 def _start_from(model: AdaptedModel, config: MethodConfig, backbone: dict[str, Any], folder: Path) -> Origin:

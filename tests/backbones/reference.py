@@ -102,7 +102,7 @@ class Reference:
 
     def _decoder(self) -> nn.Module:
         lm = self.lm
-        return next(m for m in (lm.base_model, lm.get_decoder(), getattr(lm, "model", None)) if m is not lm)
+        return next(m for m in (lm.get_decoder(), lm.base_model, getattr(lm, "model", None)) if m is not lm)
 
     def _run(self, ids: Tensor, n: int) -> tuple[Tensor, Any]:
         method = self.method

@@ -174,12 +174,12 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("case", CASES, ids=lambda c: c.id)
 
 
-def build_backbone(shape: str, dtype: torch.dtype = torch.float32) -> Backbone:
-    """A random frozen backbone, the same on every call."""
+def build_backbone(shape: str, dtype: torch.dtype = torch.float32, **changes: Any) -> Backbone:
+    """A random frozen backbone, the same on every call; `changes` of its config."""
     torch.manual_seed(7)
     # Of the two, transformers has eager alone for Gemma2, whose logits are capped.
     attention = "eager" if shape == "gemma2" else "sdpa"
-    config = AutoConfig.for_model(shape, **SHAPES[shape])
+    config = AutoConfig.for_model(shape, **{**SHAPES[shape], **changes})
     lm = (
         AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=attention)
         .to(dtype)

@@ -126,7 +126,7 @@ def test_what_is_refused(settings: dict[str, Any], words: str):
 
 def test_without_a_source_there_is_nothing_to_learn_from():
     method = METHODS["post"].build(PostConfig(name="post"), build_backbone("llama"))
-    with pytest.raises(UserError, match="method.source = null: nothing to learn from"):
+    with pytest.raises(UserError, match="method.source = None: nothing to learn from"):
         AdaptedModel(build_backbone("llama"), method).loss(batch(examples()))
 
 

@@ -217,3 +217,18 @@ def test_below_the_layer_everything_is_as_without_soft_tokens(verb: str):
             if layer >= k:  # and every pass notices them above
                 assert difference > 1e-2
         assert layer >= k or moved < 1e-4
+
+
+@pytest.mark.parametrize("name", ["prompt_tuning", "p_tuning", "dept", "adept", "ept", "panda"])
+def test_input_embeddings_are_as_wide_as_the_table(name: str):
+    backbone = zoo.build("opt-narrow")
+    assert (backbone.embedding_size, backbone.hidden_size) == (16, 32)
+    config = METHODS[name].config(name=name)
+    method = METHODS[name].build(config, backbone)
+    assert method.input_embeddings().shape == (config.num_soft_tokens, 16)
+    assert sum(p.numel() for p in method.parameters()) == METHODS[name].count(config, backbone)
+
+
+def test_layers_cannot_start_from_narrower_embeddings():
+    with pytest.raises(UserError, match="Lopa starts layers from token embeddings.*16 wide, layers 32"):
+        METHODS["lopa"].build(METHODS["lopa"].config(name="lopa"), zoo.build("opt-narrow"))
