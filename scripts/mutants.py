@@ -52,8 +52,8 @@ MUTANTS = [
     Mutant(
         "2 the closed form is off by one",
         "iapt/methods/prompt_tuning.py",
-        "return config.num_soft_tokens * backbone.hidden_size",
-        "return config.num_soft_tokens * backbone.hidden_size + 1",
+        "return config.num_soft_tokens * backbone.embedding_size",
+        "return config.num_soft_tokens * backbone.embedding_size + 1",
         "test_2 and prompt_tuning-before and llama",
     ),
     Mutant(
