@@ -121,7 +121,7 @@ def contradictions(config: Config) -> list[str]:
             f"hardware.gradient_accumulation = {parts}, or some parts would be empty"
         )
     found += config.task.problems()
-    if trainer.learning_rate <= 0:
+    if trainer.learning_rate is not None and trainer.learning_rate <= 0:
         found.append(f"trainer.learning_rate = {trainer.learning_rate}: must be above 0")
     if trainer.warmup_ratio > 1:
         found.append(f"trainer.warmup_ratio = {trainer.warmup_ratio}: a share of all steps, 0 to 1")

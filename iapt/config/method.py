@@ -34,7 +34,7 @@ class MethodConfig:
 
     name: str = "???"
     kind: str | None = None
-    # Soft prompts need rates that would ruin LoRA and the other way round, so there is no shared default.
+    # Soft prompts need rates that would ruin LoRA and the other way round: most schemas have one of their own.
     learning_rate: float = at_least(1e-3, 0)
 
     def problems(self) -> list[str]:

@@ -53,7 +53,7 @@ class TrainerConfig:
     epochs: int = at_least(10, 1)
     batch_size: int | None = at_least(None, 1)  # global; null: 16 below 10k training examples, else 128
     eval_batch_size: int = at_least(64, 1)
-    learning_rate: float = at_least(1e-3, 0)
+    learning_rate: float | None = at_least(None, 0)  # null: the method's own
     weight_decay: float = at_least(0.0, 0)
     warmup_ratio: float = at_least(0.06, 0)
     max_grad_norm: float = at_least(1.0, 0)
@@ -105,6 +105,10 @@ class Config:
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     sweep: SweepConfig = field(default_factory=SweepConfig)
+
+    def __post_init__(self) -> None:
+        if self.trainer.learning_rate is None:
+            self.trainer = dataclasses.replace(self.trainer, learning_rate=self.method.learning_rate)
 
 
 def to_dict(config: Any) -> dict[str, Any]:

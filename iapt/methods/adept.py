@@ -28,6 +28,7 @@ from iapt.model.backbone import Backbone
 class AdeptConfig(SoftPromptConfig):
     """`bottleneck` is r, `learning_rate` P's. Sizes are the authors' for T5-base at 100 soft tokens' budget."""
 
+    learning_rate: float = at_least(3e-2, 0)
     num_soft_tokens: int = at_least(60, 1)
     bottleneck: int = at_least(19, 1)
     dropout: float = at_least(0.1, 0)

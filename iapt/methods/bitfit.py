@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from iapt.config.errors import UserError
+from iapt.config.fields import at_least
 from iapt.config.method import MethodConfig
 from iapt.methods.registry import MethodSpec, register
 from iapt.model.architecture import is_rewindable
@@ -28,6 +29,7 @@ class BitFitConfig(MethodConfig):
     """`create_missing`: linear maps of the decoder layers that have no bias get one, started at zero (label I: the
     paper's models have all of them, LLaMA's family has next to none)."""
 
+    learning_rate: float = at_least(1e-2, 0)
     create_missing: bool = True
 
 

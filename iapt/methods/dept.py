@@ -30,6 +30,7 @@ from iapt.nn.offsets import PositionOffsets, offset_parameters
 class DeptConfig(SoftPromptConfig):
     """`max_offsets` is S, `learning_rate` P's. Sizes are the authors' for T5-base at 100 soft tokens' budget."""
 
+    learning_rate: float = at_least(3e-2, 0)
     num_soft_tokens: int = at_least(40, 1)
     rank: int = at_least(45, 1)
     max_offsets: int = at_least(256, 1)

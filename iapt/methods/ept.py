@@ -39,6 +39,7 @@ from iapt.nn.offsets import PositionOffsets, offset_parameters
 class EptConfig(SoftPromptConfig):
     """`max_offsets`, `rank` and `alpha` as in DePT; `attention_width` is a, `num_spaces` K; `learning_rate` is P's."""
 
+    learning_rate: float = at_least(3e-2, 0)
     num_soft_tokens: int = at_least(40, 1)
     rank: int = at_least(45, 1)
     max_offsets: int = at_least(256, 1)

@@ -16,6 +16,7 @@ from typing import ClassVar
 from torch import nn
 
 from iapt.config.errors import UserError
+from iapt.config.fields import at_least
 from iapt.config.method import MethodConfig
 from iapt.methods.registry import MethodSpec, register
 from iapt.model.backbone import Backbone
@@ -26,6 +27,7 @@ from iapt.model.method import WeightMethod
 class FullConfig(MethodConfig):
     """Nothing to set but the learning rate."""
 
+    learning_rate: float = at_least(3e-4, 0)
     trains_backbone: ClassVar[bool] = True  # nothing is left frozen that FSDP could shard
 
 

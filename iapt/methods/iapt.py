@@ -58,6 +58,7 @@ class IaptConfig(SoftPromptConfig):
             scale of P itself out again. No no-op even so: the keys still take their share of the attention.
     """
 
+    learning_rate: float = at_least(3e-3, 0)
     num_soft_tokens: int = at_least(4, 1)
     bottleneck: int = at_least(64, 1)
     position: str = choice("after_instruction", "before_instruction", "after_instruction")

@@ -36,6 +36,7 @@ class IdSpamConfig(SoftPromptConfig):
     """`layer`: k, how many layers run before the soft tokens enter. `attention_width`: a, null for the backbone's
     width. `bottleneck`: the MLP's inner width, the budget knob."""
 
+    learning_rate: float = at_least(3e-3, 0)
     num_soft_tokens: int = at_least(10, 1)
     position: str = choice("before_instruction", "before_instruction", "after_instruction")
     layer: int = at_least(0, 0)

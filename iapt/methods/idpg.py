@@ -37,6 +37,7 @@ from iapt.nn.pooling import mean_pool
 class IdpgConfig(SoftPromptConfig):
     """Defaults are the authors' shipped ones: 5 tokens, bottleneck 16, PHM with n = 16, dropout 0.1."""
 
+    learning_rate: float = at_least(5e-3, 0)
     num_soft_tokens: int = at_least(5, 1)
     bottleneck: int = at_least(16, 1)
     layers: str = choice("multi", "single", "multi")

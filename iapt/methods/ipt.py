@@ -38,6 +38,7 @@ from iapt.nn.norm import to_read
 class IptConfig(SoftPromptConfig):
     """`num_soft_tokens`: s (R: 100). `bottleneck`: r, the budget knob; even with encoder lstm."""
 
+    learning_rate: float = at_least(1e-2, 0)
     num_soft_tokens: int = at_least(20, 1)
     position: str = choice("before_instruction", "before_instruction", "after_instruction")
     encoder: str = choice("mlp", "identity", "mlp", "lstm")

@@ -28,6 +28,7 @@ from iapt.model.method import SoftPrompt
 class LopaConfig(SoftPromptConfig):
     """`rank` is r; `head_width` the heads' inner width, null for the backbone's, as the authors have the encoder's."""
 
+    learning_rate: float = at_least(3e-3, 0)
     num_soft_tokens: int = at_least(10, 1)
     position: str = choice("before_instruction", "before_instruction", "after_instruction")
     rank: int = at_least(4, 1)

@@ -31,6 +31,7 @@ class LptConfig(SoftPromptConfig):
     """`layer`: how many layers run before the soft tokens enter; null: half of them. `reduce` is read with generator
     pooling. The authors use 5 soft tokens and a bottleneck of 128."""
 
+    learning_rate: float = at_least(3e-3, 0)
     num_soft_tokens: int = at_least(5, 1)
     position: str = choice("before_instruction", "before_instruction", "after_instruction")
     layer: int | None = at_least(None, 0)

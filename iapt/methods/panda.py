@@ -42,6 +42,7 @@ class PandaConfig(PromptTuningConfig):
     `fresh`, as `init` says, or at the `source` prompt. `adaptive` false: lambda does without the transferability.
     `schedule` warmup_decay: a rise over the first `warmup_ratio` of the steps, then a fall to 0, both linear."""
 
+    learning_rate: float = at_least(3e-2, 0)
     student_start: str = choice("fresh", "fresh", "source")
     weight: float = at_least(0.01, 0)
     adaptive: bool = True

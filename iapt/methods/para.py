@@ -50,6 +50,7 @@ class ParaConfig(SoftPromptConfig):
         activation_learning_rate: of the coefficients, as IAPT has it.
     """
 
+    learning_rate: float = at_least(3e-3, 0)
     bottleneck: int = at_least(12, 1)
     activation: str = choice("rational", "rational", *FUNCTIONS)
     activation_training: str = choice("strict", "strict", "joint", "frozen")

@@ -38,6 +38,7 @@ KEY = "method.source"
 class PostConfig(PromptTuningConfig):
     """`source` is the run to learn from: any soft-prompt method's, on a backbone with this one's vocabulary."""
 
+    learning_rate: float = at_least(3e-2, 0)
     source: str | None = field(default=None, metadata={"adapter": True})
     alpha: float = at_least(0.5, 0)
     temperature: float = at_least(2.0, 0)

@@ -34,6 +34,7 @@ class PrefixTuningConfig(SoftPromptConfig):
     """`mlp_width` is read with reparameterization mlp, `low_dim` with projected. `init_std`: standard deviation of
     what a layer is given at the start with none and projected; the mlp starts as torch's linear maps do."""
 
+    learning_rate: float = at_least(3e-3, 0)
     num_soft_tokens: int = at_least(10, 1)
     position: str = choice("before_instruction", "before_instruction", "after_instruction")
     form: str = choice("keys_values", "keys_values", "states")

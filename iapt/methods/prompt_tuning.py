@@ -20,6 +20,7 @@ class PromptTuningConfig(SoftPromptConfig):
     """`init`: random draws N(0, `init_std`^2), vocabulary copies embeddings of random tokens, text copies the
     embeddings of `init_text`, repeated or cut to `num_soft_tokens`."""
 
+    learning_rate: float = at_least(3e-2, 0)
     num_soft_tokens: int = at_least(20, 1)
     position: str = choice("before_instruction", "before_instruction", "after_instruction")
     init: str = choice("vocabulary", "random", "vocabulary", "text")

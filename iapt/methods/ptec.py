@@ -31,6 +31,7 @@ from iapt.model.method import Passes
 class PtecConfig(LabelPromptConfig):
     """`head_learning_rate` is the head's, `learning_rate` the soft tokens'."""
 
+    learning_rate: float = at_least(3e-2, 0)
     head_learning_rate: float = at_least(1e-3, 0)
 
 

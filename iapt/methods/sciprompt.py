@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from iapt.config.fields import choice
+from iapt.config.fields import at_least, choice
 from iapt.data.batch import Batch
 from iapt.data.task import Task
 from iapt.methods.labels import LabelPromptConfig, label_loss, start_of
@@ -41,6 +41,7 @@ class SciPromptConfig(LabelPromptConfig):
         normalize_terms: divide a term's log-probability by its number of tokens, as the reference does (R).
     """
 
+    learning_rate: float = at_least(3e-2, 0)
     words: dict[str, list[str]] = field(default_factory=dict)
     weighting: str = choice("similarity", "similarity", "uniform")
     normalize_terms: bool = False

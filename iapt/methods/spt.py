@@ -53,6 +53,7 @@ class SptConfig(SoftPromptConfig):
         gate_learning_rate: large, since a gate that hardly moves in so short a search says little about its layer (I).
     """
 
+    learning_rate: float = at_least(3e-3, 0)
     num_soft_tokens: int = at_least(5, 1)
     position: str = choice("before_instruction", "before_instruction", "after_instruction")
     bottleneck: int = at_least(64, 1)

@@ -1,19 +1,14 @@
-"""Metrics as `evaluate.Metric` classes over scikit-learn, sacrebleu, rouge-score and nltk.
+"""Metrics over scikit-learn, sacrebleu, rouge-score and nltk, which are imported when they are asked.
 
-They are defined here because `evaluate.load` by name downloads code. Values are fractions of 1.
+Values are fractions of 1.
 Classification metrics take label ids, generation metrics take strings and, for each, a list of one or more
 references. Where a metric cannot be computed its value is absent, and an entry `<name>_note` says why.
 """
 
 from __future__ import annotations
 
-import tempfile
-import uuid
 from collections.abc import Callable, Sequence
-from typing import Any
-
-import datasets
-import evaluate
+from typing import Any, ClassVar
 
 from iapt.config.errors import UserError, suggest
 from iapt.metrics import writing_systems
@@ -23,31 +18,35 @@ CLASSIFICATION, GENERATION = "classification", "generation"
 NEEDS_WORDNET = "skipped: needs wordnet"
 _GET_WORDNET = "python -m nltk.downloader wordnet"
 
-_IDS = datasets.Features({"predictions": datasets.Value("int64"), "references": datasets.Value("int64")})
-_TEXTS = datasets.Features(
-    {"predictions": datasets.Value("string"), "references": datasets.Sequence(datasets.Value("string"))}
-)
+
+class Metric:
+    """A metric over one split.
+
+    Attributes:
+        kind: of the tasks that it scores.
+        counts_words: whether `compute` is told whose words to count.
+    """
+
+    kind: ClassVar[str]
+    counts_words: ClassVar[bool] = False
+
+    def compute(self, predictions: Any, references: Any, **options: str) -> dict[str, Any]:
+        """Values by name, see `compute` of this module."""
+        raise NotImplementedError
 
 
-def _info(description: str, features: datasets.Features, citation: str = "") -> evaluate.MetricInfo:
-    return evaluate.MetricInfo(description=description, citation=citation, inputs_description="", features=features)
-
-
-class Accuracy(evaluate.Metric):  # type: ignore[misc]
+class Accuracy(Metric):
     """The share of predicted label ids that are right."""
 
     kind = CLASSIFICATION
 
-    def _info(self) -> evaluate.MetricInfo:
-        return _info("Accuracy", _IDS)
-
-    def _compute(self, predictions: list[int], references: list[int]) -> dict[str, Any]:
+    def compute(self, predictions: list[int], references: list[int], **options: str) -> dict[str, Any]:
         from sklearn.metrics import accuracy_score
 
         return {"accuracy": float(accuracy_score(references, predictions))}
 
 
-class F1(evaluate.Metric):  # type: ignore[misc]
+class F1(Metric):
     """F1 of each label, averaged without weights (macro).
 
     An id below 0 stands for an answer that is no label word at all: it counts as an error of the right label,
@@ -56,10 +55,7 @@ class F1(evaluate.Metric):  # type: ignore[misc]
 
     kind = CLASSIFICATION
 
-    def _info(self) -> evaluate.MetricInfo:
-        return _info("Macro F1", _IDS)
-
-    def _compute(self, predictions: list[int], references: list[int]) -> dict[str, Any]:
+    def compute(self, predictions: list[int], references: list[int], **options: str) -> dict[str, Any]:
         from sklearn.metrics import f1_score
 
         labels = sorted({i for i in [*references, *predictions] if i >= 0})
@@ -67,41 +63,41 @@ class F1(evaluate.Metric):  # type: ignore[misc]
         return {"f1": float(value)}
 
 
-class Bleu(evaluate.Metric):  # type: ignore[misc]
-    """Corpus BLEU of sacrebleu with all references of each prediction, and its signature."""
+class Bleu(Metric):
+    """Corpus BLEU of sacrebleu with all references of each prediction, and its signature.
 
-    kind = GENERATION
-    counts_words = True
-
-    def _info(self) -> evaluate.MetricInfo:
-        return _info("Corpus BLEU", _TEXTS, "Post, 2018, A Call for Clarity in Reporting BLEU Scores")
-
-    def _compute(self, predictions: list[str], references: list[list[str]], tokenizer: str) -> dict[str, Any]:
-        # sacrebleu wants one stream per reference number; None fills the streams of those with fewer.
-        streams = [
-            [refs[i] if i < len(refs) else None for refs in references]
-            for i in range(max(len(refs) for refs in references))
-        ]
-        bleu = bleu_scorer(tokenizer)
-        score = bleu.corpus_score(predictions, streams).score
-        return {"bleu": score / 100, "bleu_signature": str(bleu.get_signature())}
-
-
-class RougeL(evaluate.Metric):  # type: ignore[misc]
-    """ROUGE-L F of rouge-score, the best over the references, averaged over the predictions; no stemming.
-
-    rouge-score's own tokenizer takes all but a-z and 0-9 for blanks.
+    Post, 2018, A Call for Clarity in Reporting BLEU Scores.
     """
 
     kind = GENERATION
     counts_words = True
 
-    def _info(self) -> evaluate.MetricInfo:
-        return _info("ROUGE-L", _TEXTS, "Lin, 2004, ROUGE: A Package for Automatic Evaluation of Summaries")
+    def compute(self, predictions: list[str], references: list[list[str]], **options: str) -> dict[str, Any]:
+        # sacrebleu wants one stream per reference number; None fills the streams of those with fewer.
+        streams = [
+            [refs[i] if i < len(refs) else None for refs in references]
+            for i in range(max(len(refs) for refs in references))
+        ]
+        bleu = bleu_scorer(options["tokenizer"])
+        score = bleu.corpus_score(predictions, streams).score
+        return {"bleu": score / 100, "bleu_signature": str(bleu.get_signature())}
 
-    def _compute(self, predictions: list[str], references: list[list[str]], tokenizer: str) -> dict[str, Any]:
+
+class RougeL(Metric):
+    """ROUGE-L F of rouge-score, the best over the references, averaged over the predictions; no stemming.
+
+    rouge-score's own tokenizer takes all but a-z and 0-9 for blanks.
+
+    Lin, 2004, ROUGE: A Package for Automatic Evaluation of Summaries.
+    """
+
+    kind = GENERATION
+    counts_words = True
+
+    def compute(self, predictions: list[str], references: list[list[str]], **options: str) -> dict[str, Any]:
         from rouge_score.rouge_scorer import RougeScorer
 
+        tokenizer = options["tokenizer"]
         scorer = RougeScorer(["rougeL"], tokenizer=None if tokenizer == "default" else _LowerCase(tokenizer))
         best = [
             max(scorer.score(ref, prediction)["rougeL"].fmeasure for ref in refs)
@@ -121,15 +117,12 @@ class _LowerCase:
         return list(self._split(text.lower()).split())
 
 
-class ExactMatch(evaluate.Metric):  # type: ignore[misc]
+class ExactMatch(Metric):
     """The share of predictions equal to one of their references, white space at the ends aside."""
 
     kind = GENERATION
 
-    def _info(self) -> evaluate.MetricInfo:
-        return _info("Exact match", _TEXTS)
-
-    def _compute(self, predictions: list[str], references: list[list[str]]) -> dict[str, Any]:
+    def compute(self, predictions: list[str], references: list[list[str]], **options: str) -> dict[str, Any]:
         hits = [
             prediction.strip() in {ref.strip() for ref in refs}
             for prediction, refs in zip(predictions, references, strict=True)
@@ -137,39 +130,35 @@ class ExactMatch(evaluate.Metric):  # type: ignore[misc]
         return {"exact_match": sum(hits) / len(hits)}
 
 
-class QaF1Em(evaluate.Metric):  # type: ignore[misc]
+class QaF1Em(Metric):
     """The mean of F1 and exact match as the scripts of SQuAD v1.1 and ReCoRD compute them.
 
     Each is the best over the references, averaged over the predictions; normalisation in `iapt.metrics.answers`. The
-    mean of the two is what IAPT's series reports (S).
+    mean of the two is what IAPT's series reports (S). Rajpurkar et al., 2016, SQuAD: 100,000+ Questions.
     """
 
     kind = GENERATION
 
-    def _info(self) -> evaluate.MetricInfo:
-        return _info("SQuAD F1 and exact match", _TEXTS, "Rajpurkar et al., 2016, SQuAD: 100,000+ Questions")
-
-    def _compute(self, predictions: list[str], references: list[list[str]]) -> dict[str, Any]:
+    def compute(self, predictions: list[str], references: list[list[str]], **options: str) -> dict[str, Any]:
         pairs = list(zip(predictions, references, strict=True))
         f1 = sum(max(word_f1(prediction, ref) for ref in refs) for prediction, refs in pairs) / len(pairs)
         em = sum(any(exact_match(prediction, ref) for ref in refs) for prediction, refs in pairs) / len(pairs)
         return {"qa_f1_em": (f1 + em) / 2, "qa_f1": f1, "qa_em": em}
 
 
-class Meteor(evaluate.Metric):  # type: ignore[misc]
+class Meteor(Metric):
     """METEOR of nltk, the best over the references, averaged over the predictions.
 
     Matches are exact, by Porter stem and by WordNet synonym (alpha 0.9, beta 3, gamma 0.5). nltk looks up synonyms by
     stem, so it misses some ("automobil"). The E2E challenge's script runs the Java program, version 1.5, which also
     knows paraphrases and has other weights: its values are not these.
+
+    Banerjee and Lavie, 2005, METEOR: An Automatic Metric for MT Evaluation.
     """
 
     kind = GENERATION
 
-    def _info(self) -> evaluate.MetricInfo:
-        return _info("METEOR", _TEXTS, "Banerjee and Lavie, 2005, METEOR: An Automatic Metric for MT Evaluation")
-
-    def _compute(self, predictions: list[str], references: list[list[str]]) -> dict[str, Any]:
+    def compute(self, predictions: list[str], references: list[list[str]], **options: str) -> dict[str, Any]:
         from nltk.tokenize import NLTKWordTokenizer
         from nltk.translate.meteor_score import meteor_score
 
@@ -184,27 +173,27 @@ class Meteor(evaluate.Metric):  # type: ignore[misc]
         return {"meteor": float(sum(scores) / len(scores))}
 
 
-class FinalNumber(evaluate.Metric):  # type: ignore[misc]
-    """The share of predictions whose `final_number` is that of one of their references (GSM8K's accuracy)."""
+class FinalNumber(Metric):
+    """The share of predictions whose `final_number` is that of one of their references (GSM8K's accuracy).
+
+    Cobbe et al., 2021, Training Verifiers to Solve Math Word Problems.
+    """
 
     kind = GENERATION
 
-    def _info(self) -> evaluate.MetricInfo:
-        return _info("Final number", _TEXTS, "Cobbe et al., 2021, Training Verifiers to Solve Math Word Problems")
-
-    def _compute(self, predictions: list[str], references: list[list[str]]) -> dict[str, Any]:
+    def compute(self, predictions: list[str], references: list[list[str]], **options: str) -> dict[str, Any]:
         return {"final_number": _share_equal(final_number, predictions, references)}
 
 
-class FinalChoice(evaluate.Metric):  # type: ignore[misc]
-    """The share of predictions whose `final_choice` is that of one of their references (AQuA's accuracy)."""
+class FinalChoice(Metric):
+    """The share of predictions whose `final_choice` is that of one of their references (AQuA's accuracy).
+
+    Ling et al., 2017, Program Induction by Rationale Generation.
+    """
 
     kind = GENERATION
 
-    def _info(self) -> evaluate.MetricInfo:
-        return _info("Final choice", _TEXTS, "Ling et al., 2017, Program Induction by Rationale Generation")
-
-    def _compute(self, predictions: list[str], references: list[list[str]]) -> dict[str, Any]:
+    def compute(self, predictions: list[str], references: list[list[str]], **options: str) -> dict[str, Any]:
         return {"final_choice": _share_equal(final_choice, predictions, references)}
 
 
@@ -227,7 +216,7 @@ def find_wordnet() -> Any:
     return wordnet
 
 
-METRICS: dict[str, type[evaluate.Metric]] = {
+METRICS: dict[str, type[Metric]] = {
     "accuracy": Accuracy,
     "f1": F1,
     "bleu": Bleu,
@@ -310,13 +299,9 @@ def compute(
         raise ValueError(f"{len(predictions)} predictions and {len(references)} references")
     check(names, GENERATION if isinstance(predictions[0], str) else CLASSIFICATION)
     values: dict[str, Any] = {}
-    # evaluate makes a folder even for metrics kept in memory. One of its own per call means that processes
-    # never meet, and that a read-only home does not matter.
-    with tempfile.TemporaryDirectory(prefix="iapt-metrics-") as scratch:
-        for name in names:
-            metric = METRICS[name](keep_in_memory=True, cache_dir=scratch, experiment_id=uuid.uuid4().hex)
-            pairs = {"predictions": list(predictions), "references": [_plain(r) for r in references]}
-            values |= metric.compute(**pairs, **word_options(name, tokenizer))
+    for name in names:
+        pairs = list(predictions), [_plain(r) for r in references]
+        values |= METRICS[name]().compute(*pairs, **word_options(name, tokenizer))
     return values
 
 

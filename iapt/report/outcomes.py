@@ -8,8 +8,6 @@ must equal the run's own summary; predictions that do not reproduce it are not u
 from __future__ import annotations
 
 import functools
-import tempfile
-import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -83,13 +81,8 @@ def _statistics(
     if metric == "accuracy":
         column = np.array(found) == np.array(wanted)
     else:
-        with tempfile.TemporaryDirectory(prefix="iapt-metrics-") as scratch:
-            scorer = METRICS[metric](keep_in_memory=True, cache_dir=scratch, experiment_id=uuid.uuid4().hex)
-            # The class's own formula on one example at a time; `compute` would write and read a table for each.
-            options = word_options(metric, tokenizer)
-            column = np.array(
-                [scorer._compute([f], [w], **options)[metric] for f, w in zip(found, wanted, strict=True)]
-            )
+        scorer, options = METRICS[metric](), word_options(metric, tokenizer)
+        column = np.array([scorer.compute([f], [w], **options)[metric] for f, w in zip(found, wanted, strict=True)])
     count = len(found)
     return column.astype(float)[:, None], lambda sums: sums[..., 0] / count
 

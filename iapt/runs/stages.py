@@ -138,5 +138,5 @@ def facts(config: Config, summary: dict[str, Any], test: Evaluation, folder: Pat
         best_step=summary["best_step"],
         steps=summary["steps"],
         total=summary["total_steps"],
-        learning_rate=config.trainer.learning_rate,
+        learning_rate=config.trainer.learning_rate or 0.0,
     )

@@ -63,7 +63,8 @@ class Trainer:
 
     Args:
         model: on its device.
-        config: the protocol; `batch_size` and `max_steps` may be null, see `protocol_batch_size`.
+        config: the protocol; `batch_size` and `max_steps` may be null, see `protocol_batch_size`. `learning_rate` may
+            not: a run's `Config` puts the method's own in its place.
         accelerator: processes and device.
         train: encoded training examples; bi-level training may hold some of them out.
         dev: encoded examples whose loss selects the checkpoint.
@@ -88,6 +89,9 @@ class Trainer:
         gradient_accumulation: int = 1,
         on_best: Callable[[dict[str, Tensor], int], None] | None = None,
     ) -> None:
+        if config.learning_rate is None:
+            raise ValueError("trainer.learning_rate = null: only a run's Config knows the method's own")
+        self.learning_rate = config.learning_rate
         self.model, self.config, self.accelerator, self.tracker = model, config, accelerator, tracker
         self.dev_items, self.folder = dev, folder
         self.accumulation = gradient_accumulation
@@ -140,7 +144,7 @@ class Trainer:
         steps that are left."""
         self.begun, left = step, self.total - step
         self.phases = self._make_phases()
-        self.groups = self.model.parameter_groups(self.config.learning_rate, self.config.weight_decay)
+        self.groups = self.model.parameter_groups(self.learning_rate, self.config.weight_decay)
         self.optimizer = torch.optim.AdamW(self.groups)
         warmup = math.ceil(self.config.warmup_ratio * left)
         self.schedule = get_linear_schedule_with_warmup(self.optimizer, warmup, left)
@@ -175,7 +179,7 @@ class Trainer:
         if not math.isfinite(loss):
             raise TrainingError(
                 f"loss is {loss} at step {self.step + 1}; the last good state is in {self.folder}. A smaller "
-                f"trainer.learning_rate (now {self.config.learning_rate}) usually helps"
+                f"trainer.learning_rate (now {self.learning_rate}) usually helps"
             )
         for group in self.groups:
             nn.utils.clip_grad_norm_(group["params"], self.config.max_grad_norm)
