@@ -27,7 +27,7 @@ from iapt.api import attach
 from iapt.config.errors import UserError
 from iapt.methods.peft.method import Peft, PeftConfig
 from iapt.model.adapted import AdaptedModel
-from iapt.model.method import Method, SoftPrompt
+from iapt.model.method import SoftPrompt
 from iapt.runs.restore import put_back
 
 PREFIX = "base_model.model."  # what peft puts before the names of an LM's modules
@@ -132,7 +132,7 @@ def _input_prompt(method: SoftPrompt, num_layers: int) -> Tensor | None:
         return None
     if method.edits_cache or method.edits_embeddings or method.scales or method.hides:
         return None
-    if type(method).choose is not Method.choose:  # a head of its own, say
+    if method.scores_labels:  # by a head of its own, say
         return None
     was = method.training
     method.eval()

@@ -99,7 +99,7 @@ def test_a_step_of_each_phase_uses_its_own_gradient_alone(tmp_path: Path):
     expected.load_adapter_state(trainer.model.adapter_state())
     names = [name for name in expected.trainable() if name.startswith("activations.")]
     chosen = [expected.trainable()[name] for name in names]
-    optimizer = torch.optim.AdamW(chosen, lr=trainer.method.own_rates["activations."], weight_decay=0.0)
+    optimizer = torch.optim.AdamW(chosen, lr=trainer.method.lr_overrides["activations."], weight_decay=0.0)
     expected.train()
     expected.loss(collate(held_out.batches(0), 0)).backward()
     torch.nn.utils.clip_grad_norm_(chosen, trainer.config.max_grad_norm)

@@ -423,7 +423,7 @@ def test_what_a_library_raises_is_one_line(error: Exception, monkeypatch: pytest
     def fail(*args: Any, **kwargs: Any) -> None:
         raise error
 
-    monkeypatch.setattr(Engine, "continue_prefix", fail)
+    monkeypatch.setattr(Engine, "extend", fail)
     with pytest.raises(UserError, match=rf"encoded and continued.*: ended in {type(error).__name__}") as caught:
         preflight.check(fresh(PROMPT, "llama"), "prompt_tuning")
     assert "\n" not in str(caught.value)
@@ -434,7 +434,7 @@ def test_what_means_something_else_stays_what_it_is(error: BaseException, monkey
     def fail(*args: Any, **kwargs: Any) -> None:
         raise error
 
-    monkeypatch.setattr(Engine, "continue_prefix", fail)
+    monkeypatch.setattr(Engine, "extend", fail)
     with pytest.raises(type(error)) as caught:
         preflight.check(fresh(PROMPT, "llama"), "prompt_tuning")
     assert caught.value is error

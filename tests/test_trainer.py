@@ -118,21 +118,21 @@ def test_resumed_equals_uninterrupted(tmp_path: Path, case: Case, killed_at: int
 
 def test_what_may_not_be_kept_is_not_and_wears_no_patience(tmp_path: Path):
     trainer = make(tmp_path / "late", max_steps=40, eval_every=8)
-    trainer.method.selectable = lambda step: step in (8, 16)  # type: ignore[method-assign]
+    trainer.method.can_be_checkpoint = lambda step: step in (8, 16)  # type: ignore[method-assign]
     result = trainer.run()
     losses = dict(curve(tmp_path / "late", "dev_loss"))
     assert result.best_dev_loss == min(losses[step] for step in (8, 16, 40)) == losses[result.best_step]
     assert result.best_step in (8, 16, 40)
     idle = {"learning_rate": 1e-30, "max_steps": 100, "patience": 2, "case": PROMPT}
     trainer = make(tmp_path / "idle", **idle)
-    trainer.method.selectable = lambda step: step >= 12  # type: ignore[method-assign]
+    trainer.method.can_be_checkpoint = lambda step: step >= 12  # type: ignore[method-assign]
     result = trainer.run()
     assert (result.best_step, result.steps) == (12, 20)
 
 
 def test_the_last_step_may_always_be_kept(tmp_path: Path):
     trainer = make(tmp_path, max_steps=6)
-    trainer.method.selectable = lambda step: False  # type: ignore[method-assign]
+    trainer.method.can_be_checkpoint = lambda step: False  # type: ignore[method-assign]
     result = trainer.run()
     assert (result.best_step, result.steps) == (6, 6)
     assert all(torch.equal(t, result.best[k]) for k, t in trainer.model.adapter_state().items())
@@ -141,7 +141,7 @@ def test_the_last_step_may_always_be_kept(tmp_path: Path):
 def test_a_resumed_run_does_not_look_at_the_start_again(tmp_path: Path):
     for resume in (False, True):
         trainer = make(tmp_path)
-        trainer.method.selectable = lambda step: step > 0  # type: ignore[method-assign]
+        trainer.method.can_be_checkpoint = lambda step: step > 0  # type: ignore[method-assign]
         trainer._train_step = lambda: (_ for _ in ()).throw(KeyboardInterrupt)  # type: ignore[method-assign]
         with pytest.raises(KeyboardInterrupt):
             trainer.run(resume=resume)
@@ -150,7 +150,7 @@ def test_a_resumed_run_does_not_look_at_the_start_again(tmp_path: Path):
 
 def test_training_begins_anew_where_a_method_says_so(tmp_path: Path):
     trainer = make(tmp_path, max_steps=20, warmup_ratio=0.2, eval_every=20, case=PROMPT)
-    trainer.method.renew = lambda step: step == 10  # type: ignore[method-assign]
+    trainer.method.on_phase_change = lambda step: step == 10  # type: ignore[method-assign]
     trainer.run()
     # Two schedules after each other, the optimiser counts from the second one, and the new start is looked at.
     rates = [rate for _, rate in curve(tmp_path, "learning_rate")]

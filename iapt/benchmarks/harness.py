@@ -25,7 +25,6 @@ from iapt.config.errors import UserError
 from iapt.config.fields import at_least
 from iapt.config.releases import beyond_tested
 from iapt.model.checkpoint import SUMMARY, refuse_finished, write_json
-from iapt.model.method import Method
 from iapt.runs.provenance import circumstances
 from iapt.runs.restore import build_model, read_saved, refuse_bound_to_task
 
@@ -83,7 +82,7 @@ def evaluate(checkpoint: Path, folder: Path, overrides: dict[str, Any], config: 
         log.warning(said)
     tasks = _load_tasks(config)
     model, accelerator = build_model(saved)
-    if model.method is not None and type(model.method).adjust_scores is not Method.adjust_scores:
+    if model.method is not None and model.method.adjusts_scores:
         raise UserError(
             f"checkpoint = {checkpoint}: method {saved.config.method.name} adjusts scores over its own task's labels, "
             "which the harness's options are not; give the checkpoint of another method"

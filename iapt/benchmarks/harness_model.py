@@ -101,11 +101,11 @@ class AdaptedLM(TemplateLM):  # type: ignore[misc]
             for chunk in _chunks(long, self.batch_size):
                 conts = [[tuple(requests[n][2]) for n in groups[context]] for context in chunk]
                 kept = [self._keep(c, max(map(len, own)) - 1) for c, own in zip(chunk, conts, strict=True)]
-                prefix = self.model.encode(batch_of(self.model, kept))
+                prefix = self.model.prefill(batch_of(self.model, kept))
                 for column in range(max(map(len, conts))):
                     # Rows with fewer continuations repeat their last one.
                     ids, mask = _right_padded([own[min(column, len(own) - 1)] for own in conts], self._device)
-                    rows = _score(self.model.engine.continue_prefix(prefix, ids, mask), ids, mask)
+                    rows = _score(self.model.engine.extend(prefix, ids, mask), ids, mask)
                     for context, row in zip(chunk, rows, strict=True):
                         if column < len(groups[context]):
                             found[groups[context][column]] = row

@@ -103,12 +103,12 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--resamples", type=int, default=2000, metavar="N", help="of the bootstrap (default: 2000)")
     args = parser.parse_args(arguments)
 
-    from iapt.report.cells import MIXABLE
+    from iapt.report.cells import MUST_AGREE
     from iapt.report.render import FORMATS
     from iapt.report.sheet import SHOWN
 
     args.show = [name.strip() for name in args.show.split(",")]
-    allowed = {"--show": (args.show, SHOWN), "--allow-mixed": (args.allow_mixed, MIXABLE)}
+    allowed = {"--show": (args.show, SHOWN), "--allow-mixed": (args.allow_mixed, MUST_AGREE)}
     allowed["--format"] = ([args.format], ("rich", *FORMATS))
     for option, (given, known) in allowed.items():
         for name in given:

@@ -31,6 +31,7 @@ class MethodConfig:
     """
 
     trains_backbone: ClassVar[bool] = False  # True: nothing of the backbone stays frozen
+    bound_to_task: ClassVar[bool] = False  # True: what it has learned are this task's labels
 
     name: str = "???"
     kind: str | None = None

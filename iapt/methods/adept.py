@@ -53,7 +53,7 @@ class Adept(PromptTuning):
         for zero in (down.bias, up.weight, up.bias):
             nn.init.zeros_(zero)
         self.offsets = nn.Sequential(down, nn.ReLU(), nn.Dropout(config.dropout), up)
-        self.own_rates = {"offsets.": config.offset_learning_rate}
+        self.lr_overrides = {"offsets.": config.offset_learning_rate}
 
     def edit_embeddings(self, words: Tensor, mask: Tensor) -> Tensor:
         words = words.to(torch.promote_types(words.dtype, self.prompt.dtype))

@@ -53,7 +53,7 @@ class Dept(PromptTuning):
         super().__init__(start, "before_instruction")
         width = start.shape[1]
         self.offsets = PositionOffsets(config.max_offsets, width, config.rank, config.alpha)
-        self.own_rates = {"offsets.": config.offset_learning_rate}
+        self.lr_overrides = {"offsets.": config.offset_learning_rate}
 
     def edit_embeddings(self, words: Tensor, mask: Tensor) -> Tensor:
         return words + self.offsets(mask)

@@ -101,7 +101,7 @@ class Ept(PromptTuning):
         self.offsets = PositionOffsets(config.max_offsets, width, config.rank, config.alpha)
         self.fusion = Fusion(width, config.attention_width)
         self.projection = Projection(width, config.projection_width, config.num_spaces)
-        self.own_rates = dict.fromkeys(("offsets.", "fusion.", "projection."), config.network_learning_rate)
+        self.lr_overrides = dict.fromkeys(("offsets.", "fusion.", "projection."), config.network_learning_rate)
 
     def input_embeddings(self) -> Tensor:
         fused = self.prompt + self.fusion(self.prompt, self.offsets.table())

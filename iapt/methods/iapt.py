@@ -28,7 +28,7 @@ from iapt.config.method import SizeKnob, SoftPromptConfig
 from iapt.methods.registry import MethodSpec, register
 from iapt.model.backbone import Backbone
 from iapt.model.method import BiLevel, SoftPrompt
-from iapt.nn.norm import to_read
+from iapt.nn.norm import cast_and_normalize
 from iapt.nn.pooling import last_tokens, segment_pool, self_attention_pool
 from iapt.nn.rational import FITS, FUNCTIONS, Rational
 
@@ -148,7 +148,7 @@ class Iapt(SoftPrompt):
         self.edits_cache = config.output_start == "gated"
         if self.edits_cache:
             self.gates = nn.Parameter(torch.zeros(num_layers))
-        self.own_rates = {"activations.": config.activation_learning_rate}
+        self.lr_overrides = {"activations.": config.activation_learning_rate}
         if config.activation_training == "frozen":
             self.activations.requires_grad_(False)
         elif config.activation_training != "joint" and any(True for _ in self.activations.parameters()):
@@ -158,7 +158,7 @@ class Iapt(SoftPrompt):
     def forward(self, layer: int, states: Tensor, mask: Tensor, previous: Tensor) -> Tensor:
         generator = self.generators[layer // self.share_every]
         assert isinstance(generator, Generator)
-        states = to_read(states, generator.down, self.normalize_input)
+        states = cast_and_normalize(states, generator.down, self.normalize_input)
         return generator(states, mask, self.activations[layer])
 
     def keys_values(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:

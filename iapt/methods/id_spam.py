@@ -27,7 +27,7 @@ from iapt.config.method import SizeKnob, SoftPromptConfig
 from iapt.methods.registry import MethodSpec, register
 from iapt.model.backbone import Backbone
 from iapt.model.method import SoftPrompt
-from iapt.nn.norm import to_read
+from iapt.nn.norm import cast_and_normalize
 from iapt.nn.pooling import mean_pool
 
 
@@ -57,7 +57,7 @@ class IdSpam(SoftPrompt):
         self.num_soft_tokens = config.num_soft_tokens
         self.position = config.position
         self.layer = config.layer
-        self.hidden_layers = frozenset(range(config.layer))
+        self.masked_layers = frozenset(range(config.layer))
         self.hides = config.layer > 0
         self.normalize_input = config.normalize_input
         inner = config.attention_width or width
@@ -68,7 +68,7 @@ class IdSpam(SoftPrompt):
     def forward(self, layer: int, states: Tensor, mask: Tensor, previous: Tensor) -> Tensor | None:
         if layer != self.layer:
             return None
-        states = to_read(states, self.down.weight, self.normalize_input)
+        states = cast_and_normalize(states, self.down.weight, self.normalize_input)
         attended = F.scaled_dot_product_attention(
             self.queries(states), self.keys(states), self.values(states), attn_mask=mask[:, None]
         )

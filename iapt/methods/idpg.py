@@ -28,7 +28,7 @@ from iapt.config.method import SizeKnob, SoftPromptConfig
 from iapt.methods.registry import MethodSpec, register
 from iapt.model.backbone import Backbone
 from iapt.model.method import SoftPrompt
-from iapt.nn.norm import to_read
+from iapt.nn.norm import cast_and_normalize
 from iapt.nn.phm import PHMLinear, phm_parameters
 from iapt.nn.pooling import mean_pool
 
@@ -110,7 +110,7 @@ class Idpg(SoftPrompt):
         config = self.config
         if config.layers == "single" and layer > 0:
             return None
-        states = to_read(states, self.bias, config.normalize_input)
+        states = cast_and_normalize(states, self.bias, config.normalize_input)
         # Padding is on the left: the last column is the last token.
         summary = states[:, -1] if config.pooling == "last" else mean_pool(states, mask)
         generated = self.generators[layer if config.own_generators else 0](summary)

@@ -31,7 +31,7 @@ from iapt.config.method import SizeKnob, SoftPromptConfig
 from iapt.methods.registry import MethodSpec, register
 from iapt.model.backbone import Backbone
 from iapt.model.method import SoftPrompt
-from iapt.nn.norm import to_read
+from iapt.nn.norm import cast_and_normalize
 
 
 @dataclass
@@ -92,7 +92,7 @@ class Ipt(SoftPrompt):
         if layer > 0:
             return None
         states, there = first_tokens(states, mask, self.num_soft_tokens)
-        states = to_read(states, self.missing, self.normalize_input)
+        states = cast_and_normalize(states, self.missing, self.normalize_input)
         rows = self.down(states).tanh()
         rows = torch.where(there[..., None], rows, self.missing.to(rows.dtype))
         return previous + self.up(self.encoder(rows))

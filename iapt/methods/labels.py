@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -19,6 +20,8 @@ from iapt.model.backbone import Backbone
 @dataclass
 class LabelPromptConfig(SoftPromptConfig):
     """`label_words` are the task's, in its order; the soft tokens start from their embeddings."""
+
+    bound_to_task: ClassVar[bool] = True
 
     label_words: list[str] = field(default_factory=list)
     num_soft_tokens: int = at_least(20, 1)

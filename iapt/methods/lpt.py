@@ -22,7 +22,7 @@ from iapt.config.method import SizeKnob, SoftPromptConfig
 from iapt.methods.registry import MethodSpec, register
 from iapt.model.backbone import Backbone
 from iapt.model.method import SoftPrompt
-from iapt.nn.norm import to_read
+from iapt.nn.norm import cast_and_normalize
 from iapt.nn.pooling import segment_pool
 
 
@@ -58,7 +58,7 @@ class Lpt(SoftPrompt):
         self.num_soft_tokens = config.num_soft_tokens
         self.position = config.position
         self.layer = layer
-        self.hidden_layers = frozenset(range(layer))
+        self.masked_layers = frozenset(range(layer))
         self.hides = layer > 0
         self.down = nn.Linear(width, config.bottleneck)
         self.up = nn.Linear(config.bottleneck, width * (config.num_soft_tokens if config.generator == "naive" else 1))
@@ -67,7 +67,7 @@ class Lpt(SoftPrompt):
     def forward(self, layer: int, states: Tensor, mask: Tensor, previous: Tensor) -> Tensor | None:
         if layer != self.layer:
             return None
-        states = to_read(states, self.down.weight, self.config.normalize_input)
+        states = cast_and_normalize(states, self.down.weight, self.config.normalize_input)
         if self.config.generator == "pooling":
             pooled = segment_pool(self.down(states), mask, self.num_soft_tokens, self.config.reduce)
             return self.up(self.dropout(pooled.relu()))

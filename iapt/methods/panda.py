@@ -61,6 +61,8 @@ class PandaConfig(PromptTuningConfig):
 class Panda(PromptTuning):
     """The student, a `PromptTuning`, and `teacher` (s, d) float32, a buffer."""
 
+    has_objective = True
+
     starts_from = ("prompt_tuning",)
 
     def __init__(self, config: PandaConfig, student: Tensor, teacher: Tensor) -> None:
@@ -76,7 +78,7 @@ class Panda(PromptTuning):
         source = tensors["prompt"]
         return {"teacher": source, "prompt": source if self.config.student_start == "source" else self.prompt.detach()}
 
-    def start(self, total_steps: int) -> None:
+    def on_train_start(self, total_steps: int) -> None:
         self._step, self._total = 0, total_steps
 
     def after_step(self, step: int) -> None:

@@ -30,7 +30,7 @@ from iapt.methods.registry import MethodSpec, register
 from iapt.model.architecture import part_of
 from iapt.model.backbone import Backbone
 from iapt.model.method import BiLevel, SoftPrompt
-from iapt.nn.norm import to_read
+from iapt.nn.norm import cast_and_normalize
 from iapt.nn.pooling import self_attention_pool
 from iapt.nn.rational import FUNCTIONS, Rational
 
@@ -99,7 +99,7 @@ class Para(SoftPrompt):
         self.activations = nn.ModuleList(
             Rational() if config.activation == "rational" else FUNCTIONS[config.activation]() for _ in outputs
         )
-        self.own_rates = {"activations.": config.activation_learning_rate}
+        self.lr_overrides = {"activations.": config.activation_learning_rate}
         if config.activation_training == "frozen":
             self.activations.requires_grad_(False)
         elif config.activation_training == "strict" and config.activation == "rational":
@@ -111,7 +111,7 @@ class Para(SoftPrompt):
     def scale(self, layer: int, states: Tensor, mask: Tensor) -> dict[str, Tensor]:
         generator = self.generators[layer]
         assert isinstance(generator, Generator)
-        states = to_read(states, generator.down, self.normalize_input)
+        states = cast_and_normalize(states, generator.down, self.normalize_input)
         return dict(zip(self.scales, generator(states, mask, self.activations[layer]), strict=True))
 
     def observed(self) -> Sequence[nn.Module]:

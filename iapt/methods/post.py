@@ -57,6 +57,8 @@ class PostConfig(PromptTuningConfig):
 class Post(PromptTuning):
     """A `PromptTuning` with an objective of its own."""
 
+    has_objective = True
+
     def __init__(self, config: PostConfig, start: Tensor) -> None:
         super().__init__(start, config.position)
         self.config = config

@@ -38,15 +38,18 @@ class PtecConfig(LabelPromptConfig):
 class Ptec(PromptTuning):
     """`prompt` (s, d) and `head`, a linear map d -> C, both in float32."""
 
+    has_objective = True
+    scores_labels = True
+
     def __init__(self, config: PtecConfig, start: Tensor) -> None:
         super().__init__(start, config.position)
         self.head = nn.Linear(start.shape[1], len(config.label_words))
-        self.own_rates = {"head": config.head_learning_rate}
+        self.lr_overrides = {"head": config.head_learning_rate}
 
     def objective(self, model: Passes, batch: Batch) -> Tensor:
         return label_loss(self._logits(model, batch), batch)
 
-    def choose(self, model: Passes, batch: Batch) -> Tensor:
+    def label_scores(self, model: Passes, batch: Batch) -> Tensor:
         """(B, C) log-probabilities. Raises ValueError for a batch with another number of choices."""
         assert batch.choice_ids is not None
         if (labels := self.head.out_features) != batch.choice_ids.shape[1]:

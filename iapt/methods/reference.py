@@ -64,6 +64,8 @@ class Calibrated(Method):
         labels: () float32 buffer: how many labels there are, 0 before `fit` and for tasks without.
     """
 
+    adjusts_scores = True
+
     log_prior: Tensor
     labels: Tensor
 

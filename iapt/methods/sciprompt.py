@@ -72,6 +72,9 @@ class SciPrompt(PromptTuning):
         owners: (K,) int64 buffer, the label that each speaks for; not saved.
     """
 
+    has_objective = True
+    scores_labels = True
+
     weights: Tensor
     owners: Tensor
 
@@ -86,7 +89,7 @@ class SciPrompt(PromptTuning):
     def objective(self, model: Passes, batch: Batch) -> Tensor:
         return label_loss(self._scores(model, batch), batch)
 
-    def choose(self, model: Passes, batch: Batch) -> Tensor:
+    def label_scores(self, model: Passes, batch: Batch) -> Tensor:
         """(B, C) weighted means of the terms' log-probabilities, in nats.
 
         Args:

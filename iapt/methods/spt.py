@@ -33,7 +33,7 @@ from iapt.config.method import SizeKnob, SoftPromptConfig
 from iapt.methods.registry import MethodSpec, register
 from iapt.model.backbone import Backbone
 from iapt.model.method import BiLevel, SoftPrompt
-from iapt.nn.norm import to_read
+from iapt.nn.norm import cast_and_normalize
 from iapt.nn.pooling import segment_pool
 
 
@@ -127,25 +127,25 @@ class Spt(SoftPrompt):
             return
         self.gates = nn.Parameter(torch.zeros(num_layers))
         self.edits_cache = True
-        self.own_rates = {"gates": config.gate_learning_rate}
+        self.lr_overrides = {"gates": config.gate_learning_rate}
         if config.gate_training != "joint":
             source = "dev" if config.gate_training == "paper" else "train"
             self.bilevel = BiLevel("gates", source, config.held_out_share)
 
     @property
-    def hidden_layers(self) -> frozenset[int]:  # type: ignore[override]
+    def masked_layers(self) -> frozenset[int]:  # type: ignore[override]
         kept = self.kept.tolist()
         return frozenset(layer for layer, stays in enumerate(kept) if not stays) if any(kept) else frozenset()
 
     def idle(self) -> frozenset[str]:
         """Once layers are chosen, the gates and the generators of the others."""
-        hidden = tuple(f"generators.{layer}." for layer in self.hidden_layers)
+        hidden = tuple(f"generators.{layer}." for layer in self.masked_layers)
         return frozenset(name for name in self.trainable() if hidden and (name == "gates" or name.startswith(hidden)))
 
     def forward(self, layer: int, states: Tensor, mask: Tensor, previous: Tensor) -> Tensor:
         generator = self.generators[str(layer)]
         assert isinstance(generator, Generator)
-        states = to_read(states, generator.down, self.config.normalize_input)
+        states = cast_and_normalize(states, generator.down, self.config.normalize_input)
         return generator(states, mask)
 
     def keys_values(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
@@ -154,7 +154,7 @@ class Spt(SoftPrompt):
         gate = self.gates[layer].sigmoid().masked_fill(self.kept.any(), 1.0)
         return keys, values * gate.to(values.dtype)
 
-    def start(self, total_steps: int) -> None:
+    def on_train_start(self, total_steps: int) -> None:
         """Raises UserError if `search_share` leaves no step to search in, or none behind the search."""
         self._follow()
         if self.kept.any():  # given, or those of the adapter that training starts from
@@ -168,7 +168,7 @@ class Spt(SoftPrompt):
             )
         self._starts = {name: p.detach().clone() for name, p in self.generators.named_parameters()}
 
-    def renew(self, step: int) -> bool:
+    def on_phase_change(self, step: int) -> bool:
         """The search ends: the layers are chosen, and their generators are as they were at the start."""
         if step != self._search_steps:
             return False
@@ -181,7 +181,7 @@ class Spt(SoftPrompt):
         self._follow()
         return True
 
-    def selectable(self, step: int) -> bool:
+    def can_be_checkpoint(self, step: int) -> bool:
         """Once the layers are chosen."""
         return bool(self.kept.any())
 

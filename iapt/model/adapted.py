@@ -64,8 +64,8 @@ class AdaptedModel(nn.Module):
         return self.method.trainable() if self.method else {}
 
     def parameter_groups(self, learning_rate: float, weight_decay: float = 0.0) -> list[dict[str, Any]]:
-        """The trained parameters for an optimiser: the shared group first, then one for each of `own_rates`."""
-        rates = self.method.own_rates if self.method else {}
+        """The trained parameters for an optimiser: the shared group first, then one for each of `lr_overrides`."""
+        rates = self.method.lr_overrides if self.method else {}
         members: dict[str | None, list[nn.Parameter]] = {prefix: [] for prefix in (None, *rates)}
         for name, parameter in self.trainable().items():
             members[next((prefix for prefix in rates if name.startswith(prefix)), None)].append(parameter)
@@ -145,9 +145,9 @@ class AdaptedModel(nn.Module):
         no use afterwards."""
         self.engine.hooks.remove()
 
-    def encode(self, batch: Batch) -> Prefix:
+    def prefill(self, batch: Batch) -> Prefix:
         """Run the instruction, and the soft tokens with it, up to but not including its last token."""
-        return self.engine.encode(batch)
+        return self.engine.prefill(batch)
 
     def response_logits(self, batch: Batch) -> Tensor:
         """(B, R, V): the logits that predict each response token, in one pass with gradient."""
@@ -169,7 +169,7 @@ class AdaptedModel(nn.Module):
                 accumulation and several processes need, since their shares hold unequal numbers of tokens).
         """
         method = self._acting()
-        total = method.objective(self, batch) if method else None
+        total = method.objective(self, batch) if method and method.has_objective else None
         if total is None:
             total = cross_entropy(self.engine.response_logits(batch), batch)
         return total if reduction == "sum" else total / batch.response_mask.sum()
@@ -192,11 +192,11 @@ class AdaptedModel(nn.Module):
         if batch.choice_ids is None or batch.choice_mask is None:
             raise ValueError("score needs a batch with choices")
         method = self._acting()
-        own = method.choose(self, batch) if method else None
+        own = method.label_scores(self, batch) if method and method.scores_labels else None
         if own is not None:
             return own
         found = self.likelihoods(batch)
-        return method.adjust_scores(found) if method else found
+        return method.adjust_scores(found) if method and method.adjusts_scores else found
 
     def likelihoods(self, batch: Batch) -> Tensor:
         """The log-likelihoods that `score` compares unless the method scores otherwise, with gradient.
@@ -215,10 +215,10 @@ class AdaptedModel(nn.Module):
             )
             logits = self.engine.response_logits(Batch(shown, seen, ids, mask, None, None, rows))
             return _summed(logits, ids, mask).view(-1, copies)
-        prefix = self.encode(batch)
+        prefix = self.prefill(batch)
         scores = []
         for ids, mask in zip(batch.choice_ids.unbind(1), batch.choice_mask.unbind(1), strict=True):
-            scores.append(_summed(self.engine.continue_prefix(prefix, ids, mask), ids, mask))
+            scores.append(_summed(self.engine.extend(prefix, ids, mask), ids, mask))
         return torch.stack(scores, dim=1)
 
     @torch.no_grad()
@@ -261,7 +261,7 @@ class AdaptedModel(nn.Module):
             batch = _instructions(input_ids, attention_mask, self.backbone.tokenizer).to(self.lm.device)
         width = batch.instruction_ids.shape[1]
         decoding = plan_decoding(options, self.backbone, width)
-        prefix = self.encode(batch)
+        prefix = self.prefill(batch)
         # transformers repeats ids and mask for beams or samples, but not a cache that it is handed.
         if decoding.copies > 1:
             prefix.cache.batch_repeat_interleave(decoding.copies)

@@ -108,7 +108,7 @@ class Engine:
         self.training = mode
         self.hooks.recompute = mode and self.checkpointing
 
-    def encode(self, batch: Batch) -> Prefix:
+    def prefill(self, batch: Batch) -> Prefix:
         """Run the instruction, and the soft tokens with it, up to but not including its last token."""
         mask, cache, prompt, plan = batch.instruction_mask, self._new_cache(), self._prompt(), None
         with self.precision():
@@ -175,7 +175,7 @@ class Engine:
         cache.crop(-1)
         return self._run(tail, whole, cache, keep=keep, plan=plan)
 
-    def continue_prefix(self, prefix: Prefix, ids: Tensor, mask: Tensor) -> Tensor:
+    def extend(self, prefix: Prefix, ids: Tensor, mask: Tensor) -> Tensor:
         """(B, T, V) logits that predict ids (B, T) after the prefix, which is left as it was.
 
         Raises:
@@ -225,7 +225,7 @@ class Engine:
         wide = [c[..., None].expand(-1, -1, words.shape[-1]) for c in (columns, slots)]
         both = torch.cat([words, soft], 1)
         embeds = both.scatter(1, torch.cat(wide, 1), both)
-        plan = Plan(mask, slots=slots, columns=columns, soft=slots, hidden=prompt.hidden_layers)
+        plan = Plan(mask, slots=slots, columns=columns, soft=slots, hidden=prompt.masked_layers)
         if prompt.edits_embeddings:
             plan.first = words[:, -1:]
         if prompt.reads == "encoding":
@@ -237,7 +237,7 @@ class Engine:
         states, soft = self._read(batch, cache, prompt.reads), self._soft_columns(prompt, batch)
         slots = torch.arange(soft.shape[1], device=soft.device).expand(len(soft), -1)
         start = batch.instruction_mask.shape[1] - 1
-        hidden = prompt.hidden_layers
+        hidden = prompt.masked_layers
         return Plan(batch.instruction_mask, slots=slots, states=states, soft=start + slots, hidden=hidden), soft
 
     def _plan_of_continuation(self, prompt: SoftPrompt | None, plan: Plan | None, cache: DynamicCache) -> Plan | None:

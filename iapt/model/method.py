@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -63,21 +63,38 @@ class BiLevel:
     share: float = 0.1
 
 
+_SAID_BY = {"objective": "has_objective", "label_scores": "scores_labels", "adjust_scores": "adjusts_scores"}
+
+
 class Method(nn.Module):
     """What the two kinds of method have in common. All but `trainable` are offers that most methods leave alone.
 
     Attributes:
-        own_rates: learning rates for parameters whose saved name starts with the key; these form groups of
+        lr_overrides: learning rates for parameters whose saved name starts with the key; these form groups of
             their own, without weight decay and with their own gradient clip.
         bilevel: which parameters learn on held-out batches, None for ordinary training.
+        has_objective: whether `objective` is asked.
+        scores_labels: whether `label_scores` is asked, which needs a pass of its own.
+        adjusts_scores: whether `adjust_scores` is asked.
     """
 
-    own_rates: dict[str, float]
+    has_objective: ClassVar[bool] = False
+    scores_labels: ClassVar[bool] = False
+    adjusts_scores: ClassVar[bool] = False
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        # Others decide by the attributes, so an offer that does not say itself would be passed over in silence.
+        for offer, said in _SAID_BY.items():
+            if offer in vars(cls) and not getattr(cls, said):
+                raise TypeError(f"{cls.__name__} has {offer}, so it needs {said} = True")
+
+    lr_overrides: dict[str, float]
     bilevel: BiLevel | None
 
     def __init__(self) -> None:
         super().__init__()
-        self.own_rates = {}
+        self.lr_overrides = {}
         self.bilevel = None
 
     def trainable(self) -> dict[str, nn.Parameter]:
@@ -94,7 +111,7 @@ class Method(nn.Module):
     def fit(self, model: Passes, batches: Iterable[Batch]) -> None:
         """Set what is learned without gradients (in buffers), before the first step; batches are train examples."""
 
-    def start(self, total_steps: int) -> None:
+    def on_train_start(self, total_steps: int) -> None:
         """Training begins and will take so many optimiser steps at most."""
 
     def penalty(self) -> Tensor | None:
@@ -104,15 +121,16 @@ class Method(nn.Module):
     def after_step(self, step: int) -> None:
         """Optimiser step `step` (from 1) was taken; the gradients still stand."""
 
-    def renew(self, step: int) -> bool:
+    def on_phase_change(self, step: int) -> bool:
         """Change what is trained now that step `step` (from 1) lies behind; say whether anything was changed.
 
-        Where it was, training starts anew: the trainer asks for `trainable`, `own_rates` and `bilevel` again, forgets
-        what its optimiser remembers, warms up and decays over the steps that are left, and looks at the dev loss.
+        Where it was, training starts anew: the trainer asks for `trainable`, `lr_overrides` and `bilevel` again,
+        forgets what its optimiser remembers, warms up and decays over the steps that are left, and looks at the dev
+        loss.
         """
         return False
 
-    def selectable(self, step: int) -> bool:
+    def can_be_checkpoint(self, step: int) -> bool:
         """Whether the adapter as it is after step `step` (0: untrained) may be the one that is kept.
 
         Where it may not, its dev loss is looked at but wears no patience. The run's last step always may.
@@ -120,7 +138,7 @@ class Method(nn.Module):
         return True
 
     def training_state(self) -> dict[str, Any]:
-        """What `after_step` and `renew` keep and a resumed run needs besides the parameters: values and tensors."""
+        """The values and tensors, besides the parameters, that `after_step` and `on_phase_change` need on resuming."""
         return {}
 
     def load_training_state(self, state: dict[str, Any]) -> None:
@@ -137,7 +155,7 @@ class Method(nn.Module):
         """
         return None
 
-    def choose(self, model: Passes, batch: Batch) -> Tensor | None:
+    def label_scores(self, model: Passes, batch: Batch) -> Tensor | None:
         """Scores (B, C) of every row's choices instead of their log-likelihoods; None for those."""
         return None
 
@@ -164,8 +182,8 @@ class SoftPrompt(Method):
         reads: what `forward` is handed as states: `layers`, each layer's input states of the instruction;
             `encoding`, the bare backbone's last hidden states at every layer (S-IDPG's separate frozen
             pass); `nothing`, when it never looks at them.
-        hides: whether `hidden_layers` may ever hold anything.
-        hidden_layers: the decoder layers in which no other token sees the soft columns; asked at the start of every
+        hides: whether `masked_layers` may ever hold anything.
+        masked_layers: the decoder layers in which no other token sees the soft columns; asked at the start of every
             pass over an instruction, so training may change it.
         edits_cache: whether `keys_values` is asked.
         edits_embeddings: whether `edit_embeddings` is asked; only with `before_instruction`.
@@ -178,7 +196,7 @@ class SoftPrompt(Method):
     position: str
     reads: str = "layers"
     hides: bool = False
-    hidden_layers: frozenset[int] = frozenset()
+    masked_layers: frozenset[int] = frozenset()
     edits_cache: bool = False
     edits_embeddings: bool = False
     scales: tuple[str, ...] = ()
@@ -201,7 +219,7 @@ class SoftPrompt(Method):
         """The soft tokens that go into decoder layer `layer`.
 
         Args:
-            layer: 0-based index of the decoder layer about to run; never one of `hidden_layers`.
+            layer: 0-based index of the decoder layer about to run; never one of `masked_layers`.
             states: (B, N, d) hidden states of the instruction's tokens right before that layer.
             mask: (B, N) bool, False on padding.
             previous: (B, s, d) what stands at the soft positions now: at layer 0 `input_embeddings` or zeros,

@@ -12,7 +12,7 @@ from iapt.config.errors import UserError
 from iapt.model.method import SoftPrompt
 
 _SHARED = (
-    "num_soft_tokens", "position", "reads", "hides", "hidden_layers", "edits_cache", "edits_embeddings", "scales",
+    "num_soft_tokens", "position", "reads", "hides", "masked_layers", "edits_cache", "edits_embeddings", "scales",
 )  # fmt: skip
 
 
@@ -34,10 +34,12 @@ class RowMixture(SoftPrompt):
         rows: (B,) int64, the adapter of each row of the batches to come; None outside of `serving`.
 
     Raises:
-        UserError: no adapter, one that scores choices in its own way (its `choose` would run once more for each), or
-            one whose layout (`num_soft_tokens`, `position`, `reads`, `hides`, `hidden_layers`, `edits_cache`,
+        UserError: no adapter, one that scores choices in its own way (its `label_scores` would run once more for
+            each), or one whose layout (`num_soft_tokens`, `position`, `reads`, `hides`, `masked_layers`, `edits_cache`,
             `edits_embeddings`, `scales`) is not the first one's.
     """
+
+    adjusts_scores = True
 
     def __init__(self, adapters: Sequence[SoftPrompt]) -> None:
         super().__init__()
@@ -53,7 +55,7 @@ class RowMixture(SoftPrompt):
                     )
             setattr(self, name, wanted)
         for index, adapter in enumerate(adapters):
-            if type(adapter).choose is not SoftPrompt.choose:
+            if adapter.scores_labels:
                 raise UserError(f"adapters[{index}]: scores choices in its own way, which rows of one batch cannot")
         self.adapters = nn.ModuleList(adapters)
         self.rows: Tensor | None = None

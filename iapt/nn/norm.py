@@ -12,7 +12,7 @@ def unit_rms(states: Tensor) -> Tensor:
     return F.rms_norm(states, states.shape[-1:], eps=1e-6)
 
 
-def to_read(states: Tensor, weight: Tensor, normalize: bool) -> Tensor:
+def cast_and_normalize(states: Tensor, weight: Tensor, normalize: bool) -> Tensor:
     """States (..., d) in a dtype as wide as that of the `weight` that reads them, at unit RMS if `normalize`."""
     states = states.to(torch.promote_types(states.dtype, weight.dtype))
     return unit_rms(states) if normalize else states

@@ -13,7 +13,6 @@ from iapt.config.errors import UserError
 from iapt.data.batch import Batch
 from iapt.model.adapted import AdaptedModel, cross_entropy
 from iapt.model.decoding import end_tokens
-from iapt.model.method import Method
 from iapt.preflight.known import known_there
 from iapt.preflight.tools import FLOOR, LENGTHS, SPARE, distance, move, rounding_errors, rows, unreached
 
@@ -151,10 +150,10 @@ class Probe:
             return
 
         def continued() -> Tensor:
-            prefix, mask = self.model.encode(self.batch), self.batch.response_mask
+            prefix, mask = self.model.prefill(self.batch), self.batch.response_mask
             # Another response first: it must leave the prefix as it was.
-            self.engine.continue_prefix(prefix, self.batch.response_ids.flip(0), mask)
-            return self.engine.continue_prefix(prefix, self.batch.response_ids, mask)
+            self.engine.extend(prefix, self.batch.response_ids.flip(0), mask)
+            return self.engine.extend(prefix, self.batch.response_ids, mask)
 
         self._compare("prefix", continued, wanted)
 
@@ -203,12 +202,12 @@ class Probe:
         """Those whose gradient is missing or zero, of the cross-entropy, and of the method's own objective if it has
         one that the probe can ask for."""
         assert self.model.method is not None
-        method = type(self.model.method)
+        method = self.model.method
         with torch.enable_grad():
             logits = self.engine.response_logits(self.batch)
             left = unreached(cross_entropy(logits, self.batch), asked)
-            if method.objective is Method.objective or not left:
-                if method.objective is not Method.objective:
+            if not method.has_objective or not left:
+                if method.has_objective:
                     self.skipped["objective"] = "gradients are those of the response tokens' cross-entropy"
                 return left
             labels = torch.arange(len(self.batch), device=logits.device) % 2

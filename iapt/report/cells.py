@@ -14,7 +14,7 @@ from typing import Any, TypeGuard
 from iapt.config.errors import UserError
 from iapt.report.runs import FAILED, OK, VERSIONED, Run, short
 
-MIXABLE = (
+MUST_AGREE = (
     "protocol",
     "metric",
     "data_fingerprint",
@@ -108,7 +108,7 @@ def gather(runs: Sequence[Run], allow_mixed: Collection[str] = (), all_metrics: 
 
     Args:
         runs: as `read_runs` gives them.
-        allow_mixed: keys of `MIXABLE` that runs of one cell may differ in.
+        allow_mixed: keys of `MUST_AGREE` that runs of one cell may differ in.
         all_metrics: a column for each metric of a task, not just for the reported one.
 
     Raises:
@@ -239,7 +239,7 @@ def _without_retried(runs: list[Run], notes: list[str]) -> list[Run]:
 def _mixed(name: str, runs: list[Run], allowed: Collection[str]) -> list[str]:
     problems = []
     finished = [run for run in runs if run.status == OK]
-    for key in MIXABLE:
+    for key in MUST_AGREE:
         if key in allowed or key == "seed":
             continue
         values: dict[str, list[str]] = defaultdict(list)
@@ -261,7 +261,7 @@ def _mixed(name: str, runs: list[Run], allowed: Collection[str]) -> list[str]:
 def _unlike_rows(task: str, rows: dict[Row, list[Run]]) -> list[str]:
     """A word about what the rows of a column do not share, for their values are read side by side."""
     notes = []
-    for key in MIXABLE:
+    for key in MUST_AGREE:
         values: dict[str, dict[str, None]] = defaultdict(dict)
         for row, runs in rows.items():
             for run in runs:

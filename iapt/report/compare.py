@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from iapt.report.bootstrap import LEVEL, Difference, of_medians
-from iapt.report.cells import MIXABLE, Board, Cell, row_settings, state
+from iapt.report.cells import MUST_AGREE, Board, Cell, row_settings, state
 from iapt.report.runs import Run
 from iapt.report.sheet import BETTER, WORSE, Entry, Sheet, column_name, file_name, percent
 
@@ -78,7 +78,7 @@ def _finished(cell: Cell | None) -> list[Run]:
 
 def _unlike(a: Cell, b: Cell) -> Iterable[str]:
     """What else differs between the runs of two cells."""
-    for key in MIXABLE:
+    for key in MUST_AGREE:
         one, other = ({run.circumstances.get(key) for run in cell.finished} - {None} for cell in (a, b))
         if one and other and one != other:
             yield f"{key} {_words(one)} in A, {_words(other)} in B"

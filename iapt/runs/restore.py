@@ -15,7 +15,6 @@ from torch import Tensor
 
 from iapt import preflight
 from iapt.config.errors import UserError
-from iapt.config.method import MethodConfig
 from iapt.config.schema import Config
 from iapt.data.batch import Batch, Encoded, collate
 from iapt.data.tokens import Ids
@@ -89,7 +88,7 @@ def refuse_bound_to_task(saved: Saved) -> None:
     """Raises UserError for a method that rewrites its task's text, or scores its task's labels: it says nothing about
     other texts."""
     method = saved.config.method
-    if spec_of(method).rewrite is not None or type(method).problems_with is not MethodConfig.problems_with:
+    if spec_of(method).rewrite is not None or method.bound_to_task:
         raise UserError(
             f"checkpoint = {saved.folder}: method {method.name} is made for the text or labels of its task and has "
             "nothing to say about any other; give the checkpoint of another method, zero_shot for the bare backbone"

@@ -111,7 +111,7 @@ def report(
         with torch.no_grad():
             for places in evaluation_batches(dev, config.trainer.eval_batch_size)[:BATCHES_TO_REPORT]:
                 batch = collate([dev[i] for i in places], model.backbone.pad_id)
-                model.encode(batch.to(accelerator.device))
+                model.prefill(batch.to(accelerator.device))
 
     lines = model.method.findings()
     if activations := model.method.observed():

@@ -9,7 +9,8 @@ tokens by how they happened to be dealt out).
 
 A method may ask for first-order bi-level training (label S, after DARTS): then a step is two, one on a train batch
 for most parameters and one on a held-out batch for the others, each with the rest fixed. A method may also change what
-is trained in the middle of a run (`Method.renew`), and say which adapters may be kept (`Method.selectable`).
+is trained in the middle of a run (`Method.on_phase_change`), and say which adapters may be kept
+(`Method.can_be_checkpoint`).
 """
 
 from __future__ import annotations
@@ -101,7 +102,7 @@ class Trainer:
         self.batch_size = config.batch_size or protocol_batch_size(len(train))
         self._make_phases = partial(phases, model, train, dev, self.batch_size, seed, config.group_by_length)
         self.total = config.max_steps or config.epochs * self._make_phases()[0].batches.per_epoch
-        self.method.start(self.total)
+        self.method.on_train_start(self.total)
         self._begin(0)
         self.step = self.best_step = self.stale = self.tokens = 0
         self.seconds = 0.0
@@ -121,7 +122,7 @@ class Trainer:
         try:
             while self.step < self.total and self.stale < self.config.patience:
                 self._train_step()
-                renewed = self.method.renew(self.step)
+                renewed = self.method.on_phase_change(self.step)
                 if renewed:
                     self._begin(self.step)
                 if renewed or self.step % self.config.eval_every == 0 or self.step == self.total:
@@ -223,7 +224,7 @@ class Trainer:
         if not math.isfinite(loss):
             raise TrainingError(f"dev loss is {loss} at step {self.step}")
         # The last step's may be kept whatever the method says: there is something to keep at every run's end.
-        selectable = self.step == self.total or self.method.selectable(self.step)
+        selectable = self.step == self.total or self.method.can_be_checkpoint(self.step)
         better = selectable and loss < self.best_loss
         if better:
             self.best_loss, self.best_step, self.stale = loss, self.step, 0

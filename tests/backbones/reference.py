@@ -124,7 +124,7 @@ class Reference:
 
         def write(layer: int, hidden: Tensor) -> Tensor:
             read = hidden[:, columns] if states is None else states[layer]
-            if layer not in method.hidden_layers:
+            if layer not in method.masked_layers:
                 answer = method(layer, read, mask, hidden[:, slots])
                 if answer is not None:
                     hidden = hidden.clone()
@@ -140,7 +140,7 @@ class Reference:
             )
             return keys, values
 
-        if method.hidden_layers:
+        if method.masked_layers:
             return self._hiding(embeds, slots, write, before)
         with self._layer_hooks(write), self._part_hooks(method.scales, scales):
             return self._editing(embeds, edit) if method.edits_cache else self._pass(inputs_embeds=embeds)
@@ -192,10 +192,10 @@ class Reference:
         self, embeds: Tensor, slots: list[int], write: Callable[[int, Tensor], Tensor], before: bool
     ) -> tuple[Tensor, Any]:
         assert isinstance(self.method, SoftPrompt)
-        hidden_layers, last = self.method.hidden_layers, len(self.layers) - 1
+        masked_layers, last = self.method.masked_layers, len(self.layers) - 1
 
         def hide(layer: int, mask: Tensor | None) -> Tensor | None:
-            if layer not in hidden_layers:
+            if layer not in masked_layers:
                 return mask
             assert mask is not None
             mask = mask.clone()
@@ -209,7 +209,7 @@ class Reference:
         if not before or chunks:
             with self._by_hand(hide=hide), self._layer_hooks(write):
                 found = self._pass(inputs_embeds=embeds)
-            if not _attention.asked >= hidden_layers:
+            if not _attention.asked >= masked_layers:
                 raise NoRoadError("no attention function whose mask could be edited")
             self.roads.add("attention mask")
             return found
@@ -217,7 +217,7 @@ class Reference:
         text = [i for i in range(embeds.shape[1]) if i not in slots]
         states = self._inputs_of(0, inputs_embeds=embeds)[1][0]
         for layer in range(last + 1):
-            with_soft = layer not in hidden_layers
+            with_soft = layer not in masked_layers
             shown = slice(None) if with_soft else text
 
             def put(

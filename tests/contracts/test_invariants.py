@@ -12,7 +12,7 @@ import torch
 from iapt.methods.registry import METHODS
 from iapt.model.adapted import AdaptedModel
 from iapt.model.checkpoint import load_adapter, save_adapter
-from iapt.model.method import Method, SoftPrompt
+from iapt.model.method import SoftPrompt
 from tests.contracts.conftest import CASES, Case, batch, build_backbone, build_model, examples
 
 # Between two roads to one number, in fp32: sums over the same terms in another order, which differ by 2e-5 at most
@@ -138,7 +138,7 @@ def test_5_batched_equals_one_by_one(case: Case, shape: str):
 def test_5_score_and_loss_agree(case: Case, shape: str, monkeypatch: pytest.MonkeyPatch):
     """The prefix that `score` continues from and the single pass of `loss` are two roads to one number."""
     model, items = build_model(case, shape), examples()
-    if type(model.method).choose is not Method.choose:
+    if model.method.scores_labels:
         pytest.skip("has scores of its own")
     monkeypatch.setattr(model.method, "adjust_scores", lambda scores: scores)  # the loss knows nothing of it
     monkeypatch.setattr(model.method, "objective", lambda model, batch: None)  # nor the scores of this
@@ -220,13 +220,13 @@ def overwrite_soft(model: AdaptedModel, layer, args, kwargs):
 def test_7_no_token_sees_soft_tokens_where_they_are_hidden(shape: str):
     """What stands in the soft columns of a layer in which they are hidden must not matter."""
     models = [build_model(case, shape) for case in CASES if shape not in case.impossible]
-    hiding = [m for m in models if isinstance(m.method, SoftPrompt) and m.method.hidden_layers]
+    hiding = [m for m in models if isinstance(m.method, SoftPrompt) and m.method.masked_layers]
     assert {m.method.position for m in hiding} == {"before_instruction", "after_instruction"}
-    assert {frozenset({0}), frozenset({1}), frozenset({0, 2})} <= {m.method.hidden_layers for m in hiding}
+    assert {frozenset({0}), frozenset({1}), frozenset({0, 2})} <= {m.method.masked_layers for m in hiding}
     for model in hiding:
         made, steps = batch(examples()), 4
         expected = model.score(made), model.loss(made), greedy(model, examples(), steps)
-        for layer in model.method.hidden_layers:
+        for layer in model.method.masked_layers:
             model.backbone.layers[layer].register_forward_pre_hook(partial(overwrite_soft, model), with_kwargs=True)
         torch.testing.assert_close(model.score(made), expected[0], **TOLERANCE)
         torch.testing.assert_close(model.loss(made), expected[1], **TOLERANCE)

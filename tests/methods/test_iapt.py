@@ -50,7 +50,7 @@ def test_a_measured_setup_stays_what_it_was():
 def test_activation_training(options: dict, expected: BiLevel | None):
     method = make(**options, activation_learning_rate=7e-5)
     assert method.bilevel == expected
-    assert method.own_rates == {"activations.": 7e-5}
+    assert method.lr_overrides == {"activations.": 7e-5}
     learned = {name for name in method.trainable() if name.startswith("activations.")}
     layers = {"strict": 4, "paper": 4, "joint": 4, "frozen": 0}[options.get("activation_training", "strict")]
     if "activation" in options:

@@ -56,7 +56,7 @@ def test_at_the_input_positions_are_added_and_above_it_nothing_is():
         expected = by_hand(method, states[0]) + (previous[0] if layer == 0 else 0.0)
         torch.testing.assert_close(method(layer, states, mask, previous)[0], expected, rtol=1e-4, atol=1e-5)
         assert all(method(other, states, mask, previous) is None for other in range(3) if other != layer)
-        assert method.hidden_layers == set(range(layer))
+        assert method.masked_layers == set(range(layer))
 
 
 @pytest.mark.parametrize("position", ["before_instruction", "after_instruction"])

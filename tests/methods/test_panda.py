@@ -87,7 +87,7 @@ def test_the_weight_follows_likeness_and_schedule():
 
 def test_warmup_and_decay_survive_an_interruption():
     method = panda(weight=1.0, adaptive=False, schedule="warmup_decay", warmup_ratio=0.2)
-    method.start(10)
+    method.on_train_start(10)
     weights = []
     for step in range(1, 11):
         weights.append(float(method.distillation_weight()))
@@ -95,11 +95,11 @@ def test_warmup_and_decay_survive_an_interruption():
     assert weights == pytest.approx([0.5, 1.0, *(k / 8 for k in range(8, 0, -1))])
     again = panda(weight=1.0, adaptive=False, schedule="warmup_decay", warmup_ratio=0.2)
     method.after_step(7)
-    again.start(10)
+    again.on_train_start(10)
     again.load_training_state(method.training_state())
     assert float(again.distillation_weight()) == pytest.approx(3 / 8)
     steady = panda(weight=1.0, adaptive=False)
-    steady.start(10)
+    steady.on_train_start(10)
     steady.after_step(9)
     assert float(steady.distillation_weight()) == 1
 

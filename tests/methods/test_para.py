@@ -136,7 +136,7 @@ def test_without_normalisation_the_states_go_in_as_they_are():
 )
 def test_activation_training(options: dict, bilevel: BiLevel | None, learned: int):
     method = made(activation_learning_rate=7e-5, **options).method
-    assert (method.bilevel, method.own_rates) == (bilevel, {"activations.": 7e-5})
+    assert (method.bilevel, method.lr_overrides) == (bilevel, {"activations.": 7e-5})
     assert len([name for name in method.trainable() if name.startswith("activations.")]) == 2 * learned
     config, backbone = ParaConfig(name="para", **options), build_backbone("llama")
     assert sum(p.numel() for p in method.trainable().values()) == METHODS["para"].count(config, backbone)

@@ -113,7 +113,7 @@ def test_a_start_taken_from_the_weights_is_saved(init: str):
 def adalora(total: int, **options: Any) -> AdaptedModel:
     model = adapted("ADALORA", **options)
     assert isinstance(model.method, AdaLora)
-    model.method.start(total)
+    model.method.on_train_start(total)
     return model
 
 
@@ -192,7 +192,7 @@ def test_adalora_trains_for_any_number_of_steps(total: int):
 
 def test_adalora_keeps_what_is_pruned(tmp_path: Path):
     method = adalora(20, init_r=6, target_r=2).method
-    assert [step for step in range(21) if method.selectable(step)] == [0, 16, 17, 18, 19, 20]
+    assert [step for step in range(21) if method.can_be_checkpoint(step)] == [0, 16, 17, 18, 19, 20]
     case = Case("peft", {"type": "ADALORA", "options": {"init_r": 6, "target_r": 2}})
     config = TrainerConfig(max_steps=20, batch_size=8, eval_every=1, learning_rate=5e-3)
     accelerator = Accelerator(cpu=True)

@@ -79,7 +79,7 @@ def ours(kind: str, options: dict[str, Any], tied: bool) -> Seen:
     backbone = Backbone("tiny", copy.deepcopy(_lm(tied)), None)  # type: ignore[arg-type]
     torch.manual_seed(11)
     method: Any = METHODS["peft"].build(PeftConfig(name="any", type=kind, options=options), backbone)
-    method.start(STEPS)
+    method.on_train_start(STEPS)
     return _look(backbone.lm, method.trainable(), method, method._tuner[0], method.penalty)
 
 

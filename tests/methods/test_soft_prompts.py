@@ -131,7 +131,7 @@ def test_a_layer_that_is_not_there_is_refused():
     backbone = build_backbone("llama")
     with pytest.raises(UserError, match=r"method.layer = 3: .* 3 layers, allowed are 0 to 2"):
         METHODS["lpt"].build(LptConfig(layer=3), backbone)
-    assert METHODS["lpt"].build(LptConfig(), backbone).hidden_layers == {0}
+    assert METHODS["lpt"].build(LptConfig(), backbone).masked_layers == {0}
 
 
 def test_the_generators_are_their_equations():

@@ -30,7 +30,7 @@ def test_the_start():
     method = make(bottleneck=400, output_std=0.3)
     assert method.gates.tolist() == [0.0] * 4
     assert method.kept.tolist() == [False] * 4
-    assert method.hidden_layers == frozenset()
+    assert method.masked_layers == frozenset()
     for generator in method.generators.values():
         assert float(generator.down.detach().std()) == pytest.approx(32**-0.5, rel=0.05)
         assert float(generator.up.detach().std()) == pytest.approx(0.3, rel=0.05)
@@ -130,7 +130,7 @@ def test_a_layer_that_is_not_kept_sees_the_text_alone(position: str, kept: set[i
     model = build_model(Case("spt", {"bottleneck": 8, "position": position}), "llama")
     for layer in kept:
         model.method.kept[layer] = True
-    assert model.method.hidden_layers == {0, 1, 2} - kept
+    assert model.method.masked_layers == {0, 1, 2} - kept
     for item in examples():
         ids, n = [*item.instruction, *item.response], len(item.instruction)
         place = 0 if position == "before_instruction" else n - 1
@@ -143,39 +143,39 @@ def test_a_layer_that_is_not_kept_sees_the_text_alone(position: str, kept: set[i
 
 def test_the_search_ends_with_the_largest_gates_and_fresh_generators():
     method = make(keep=2, search_share=0.25)
-    method.start(20)
+    method.on_train_start(20)
     fresh = {name: p.clone() for name, p in method.generators.named_parameters()}
     with torch.no_grad():
         for parameter in method.generators.parameters():
             parameter.normal_()
         method.gates.copy_(torch.tensor([0.1, -3.0, 0.7, 0.0]))
-    assert not any(method.renew(step) or method.selectable(step) for step in range(5))
-    assert method.renew(5)
-    assert method.selectable(5)
+    assert not any(method.on_phase_change(step) or method.can_be_checkpoint(step) for step in range(5))
+    assert method.on_phase_change(5)
+    assert method.can_be_checkpoint(5)
     assert method.kept.tolist() == [True, False, True, False]
-    assert method.hidden_layers == {1, 3}
+    assert method.masked_layers == {1, 3}
     assert all(torch.equal(p, fresh[name]) for name, p in method.generators.named_parameters())
     assert {name.rpartition(".")[0] for name in method.trainable()} == {"generators.0", "generators.2"}
     assert method.bilevel is None
-    assert not any(method.renew(step) for step in range(6, 21))
+    assert not any(method.on_phase_change(step) for step in range(6, 21))
     assert method.gates.tolist() == pytest.approx([0.1, -3.0, 0.7, 0.0])  # still there to be reported
 
 
 def test_equal_gates_keep_the_lower_layers():
     method = make(keep=2)
-    method.start(2)
-    assert method.renew(1)
+    method.on_train_start(2)
+    assert method.on_phase_change(1)
     assert method.kept.tolist() == [True, True, False, False]
 
 
 def test_a_resumed_search_knows_its_generators_start():
     first, second = make(), make(seed=2)
     for method in (first, second):
-        method.start(8)
+        method.on_train_start(8)
     fresh = {name: p.clone() for name, p in first.generators.named_parameters()}
     second.load_training_state(first.training_state())
     assert not torch.equal(second.generators["0"].down, fresh["0.down"])
-    assert second.renew(4)
+    assert second.on_phase_change(4)
     assert all(torch.equal(p, fresh[name]) for name, p in second.generators.named_parameters())
 
 
@@ -183,28 +183,28 @@ def test_chosen_layers_are_not_searched_again():
     """As an adapter brings them that training starts from."""
     method = make()
     method.kept[1] = True
-    method.start(1)
+    method.on_train_start(1)
     assert set(method.trainable()) == {"generators.1.down", "generators.1.up"}
     assert method.bilevel is None
-    assert not method.renew(1)
+    assert not method.on_phase_change(1)
     given = make(layers=[3])
-    given.start(1)
-    assert not given.renew(1)
-    assert given.hidden_layers == {0, 1, 2}
+    given.on_train_start(1)
+    assert not given.on_phase_change(1)
+    assert given.masked_layers == {0, 1, 2}
 
 
 @pytest.mark.parametrize(("total", "share"), [(1, 0.5), (3, 0.1), (3, 0.9)])
 def test_too_few_steps_are_refused(total: int, share: float):
     with pytest.raises(UserError, match=rf"method.search_share = {share}: of the run's {total} steps it leaves"):
-        make(search_share=share).start(total)
+        make(search_share=share).on_train_start(total)
 
 
 def test_the_report_names_what_is_kept(tmp_path: Path):
     method = make(keep=1)
     with torch.no_grad():
         method.gates[3] = 1.0
-    method.start(2)
-    method.renew(1)
+    method.on_train_start(2)
+    method.on_phase_change(1)
     active, total = 2 * 32 * 8, 4 * 2 * 32 * 8 + 4
     assert method.findings() == [
         f"layers kept: 3; {active} of {total:,} parameters are active; gates: 0.500, 0.500, 0.500, 0.731"

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from iapt.config.errors import UserError
-from iapt.report.cells import MIXABLE, Board, Cell, Column, Row, gather, state
+from iapt.report.cells import MUST_AGREE, Board, Cell, Column, Row, gather, state
 from iapt.report.runs import read_runs
 from tests.report.folders import make_failed, make_run, make_sweep, make_unfinished
 
@@ -79,7 +79,7 @@ OTHER: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("key", MIXABLE)
+@pytest.mark.parametrize("key", MUST_AGREE)
 def test_a_cell_refuses_to_mix(tmp_path: Path, key: str):
     make_run(tmp_path / "1", seed=1)
     make_run(tmp_path / "2", **{"seed": 2, **OTHER[key]})
@@ -92,7 +92,7 @@ def test_a_cell_refuses_to_mix(tmp_path: Path, key: str):
     assert text.count("(tiny): ") == 1, "only what differs is named"
     allowed = board(tmp_path, allow_mixed=[key])
     assert any(key in note for note in allowed.notes)
-    for other in set(MIXABLE) - {key}:
+    for other in set(MUST_AGREE) - {key}:
         with pytest.raises(UserError):
             board(tmp_path, allow_mixed=[other])
 

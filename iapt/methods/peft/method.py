@@ -202,7 +202,7 @@ class AdaLora(Peft):
         self._schedule = self._tuner[0].peft_config["default"]  # the very object that peft's allocator reads
         self._allocator = self._tuner[0].rankallocator
 
-    def start(self, total_steps: int) -> None:
+    def on_train_start(self, total_steps: int) -> None:
         """Raises UserError if `tinit` and `tfinal` leave no step to prune in."""
         given = {k: v for k, v in self._options.items() if v is not None}
         first, last = given.get("tinit", total_steps // 10), given.get("tfinal", total_steps // 5)
@@ -227,7 +227,7 @@ class AdaLora(Peft):
         if self._schedule.total_step - self._schedule.tfinal > 1:
             self._tuner[0].update_and_allocate(step)
 
-    def selectable(self, step: int) -> bool:
+    def can_be_checkpoint(self, step: int) -> bool:
         """Once pruning has ended; and untrained, when E is zero everywhere."""
         return step == 0 or step >= self._schedule.total_step - self._schedule.tfinal
 
