@@ -13,6 +13,7 @@ from accelerate import Accelerator
 
 from iapt.config.errors import TrainingError, UserError
 from iapt.config.schema import TrainerConfig
+from iapt.data.batch import collate
 from iapt.training.phases import protocol_batch_size
 from iapt.training.tracking import Tracker
 from iapt.training.trainer import Trainer, TrainResult
@@ -73,6 +74,22 @@ def test_schedule_is_linear_with_warmup(tmp_path: Path):
     rates = [rate for _, rate in curve(tmp_path, "learning_rate")]
     expected = [5e-3 * min(step / 4, (20 - step) / 16) for step in range(20)]
     assert rates == pytest.approx(expected)
+
+
+def test_the_gradients_norm_and_every_groups_rate_are_logged(tmp_path: Path):
+    trainer = make(tmp_path / "one", case=PROMPT, max_steps=3, max_grad_norm=1e-3)
+    items = trainer.phases[0].batches(0)
+    trainer.model.train()
+    trainer.model.loss(collate(items, 0)).backward()
+    norm = float(trainer.model.method.prompt.grad.norm())  # not that of the gradient as it is clipped
+    trainer.optimizer.zero_grad()
+    trainer.run()
+    found = curve(tmp_path / "one", "gradient_norm")
+    assert [step for step, _ in found] == [1, 2, 3]
+    assert found[0][1] == pytest.approx(norm, rel=1e-5)
+    make(tmp_path / "two", max_steps=4, warmup_ratio=0.0).run()
+    rates = [rate for _, rate in curve(tmp_path / "two", "learning_rate/activations.")]
+    assert rates == pytest.approx([1e-6 * (4 - step) / 4 for step in range(4)])
 
 
 def test_own_rates_make_their_own_group(tmp_path: Path):

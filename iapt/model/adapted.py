@@ -71,6 +71,7 @@ class AdaptedModel(nn.Module):
             members[next((prefix for prefix in rates if name.startswith(prefix)), None)].append(parameter)
         return [
             {
+                "name": prefix or "",
                 "params": parameters,
                 "lr": learning_rate if prefix is None else rates[prefix],
                 "weight_decay": weight_decay if prefix is None else 0.0,

@@ -93,6 +93,7 @@ class Trainer:
         if config.learning_rate is None:
             raise ValueError("trainer.learning_rate = null: only a run's Config knows the method's own")
         self.learning_rate = config.learning_rate
+        self.gradient_norms: list[Tensor] = []
         self.model, self.config, self.accelerator, self.tracker = model, config, accelerator, tracker
         self.dev_items, self.folder = dev, folder
         self.accumulation = gradient_accumulation
@@ -152,15 +153,17 @@ class Trainer:
 
     def _train_step(self) -> None:
         start = time.perf_counter()
-        rate = self.schedule.get_last_lr()[0]
+        rate, *others = self.schedule.get_last_lr()
         losses = [self._optimise(phase) for phase in self.phases]
         self.schedule.step()
         self.step += 1
         self.seconds += time.perf_counter() - start
         logged = self.step % self.config.log_every == 0
         if logged:
-            names = ("train_loss", "held_out_loss")
-            self.tracker.log(self.step, {**dict(zip(names, losses, strict=False)), "learning_rate": rate})
+            found = dict(zip(("train_loss", "held_out_loss"), losses, strict=False))
+            rates = {f"learning_rate/{g['name']}": r for g, r in zip(self.groups[1:], others, strict=True)}
+            norm = math.sqrt(sum(float(n) ** 2 for n in self.gradient_norms))
+            self.tracker.log(self.step, {**found, "gradient_norm": norm, "learning_rate": rate, **rates})
         speed = self.tokens / self.seconds
         eta = (self.total - self.step) * self.seconds / self.step
         status = f"loss {losses[0]:.4f}  lr {rate:.2e}  {speed:,.0f} tokens/s  eta {eta:.0f}s"
@@ -182,8 +185,9 @@ class Trainer:
                 f"loss is {loss} at step {self.step + 1}; the last good state is in {self.folder}. A smaller "
                 f"trainer.learning_rate (now {self.learning_rate}) usually helps"
             )
-        for group in self.groups:
-            nn.utils.clip_grad_norm_(group["params"], self.config.max_grad_norm)
+        norms = [nn.utils.clip_grad_norm_(group["params"], self.config.max_grad_norm) for group in self.groups]
+        if first:
+            self.gradient_norms = norms  # before they are clipped; on the device until somebody asks
         self.optimizer.step()  # passes over what has no gradient
         if first:
             self.method.after_step(self.step + 1)
