@@ -17,7 +17,7 @@ from iapt.runs.sweep import cell_id
 
 PINNED = Path(__file__).parent / "cell_ids.json"
 IDS: dict[str, str] = json.loads(PINNED.read_text()) if PINNED.exists() else {}
-NEEDS = {"method=panda": "method.source=x", "method=post": "method.source=x", "backbone=hf": "backbone.path=x"}
+NEEDS = {"method=panda": "method.init_from=x", "method=post": "method.source=x", "backbone=hf": "backbone.path=x"}
 
 
 def shipped() -> list[str]:
