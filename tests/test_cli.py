@@ -69,16 +69,20 @@ def runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Runs:
     return calls
 
 
+LOADING = "loading torch and transformers"
+
+
 @pytest.fixture
 def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
-    """Runs a command line in this process: exit code, stdout, stderr."""
+    """Runs a command line in this process: exit code, stdout, stderr without its first line, which is always there."""
 
     def call(*args: str, main: Callable[[], None] = train.main) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["iapt-train", *args])
         with pytest.raises(SystemExit) as caught:
             main()
         printed = capsys.readouterr()
-        return int(caught.value.code or 0), printed.out, printed.err
+        errors = [line for line in printed.err.splitlines(keepends=True) if not line.endswith(f": {LOADING}\n")]
+        return int(caught.value.code or 0), printed.out, "".join(errors)
 
     return call
 
@@ -96,6 +100,12 @@ def test_no_argument_runs_the_embedded_default(runs: Runs, command: Command) -> 
     [row] = [line for line in out.splitlines() if "toy/entailment" in line]
     scores = ["accuracy", "50.0", "75.0", "87.5", "12,345", "1:01", "ok"]
     assert row.split() == ["toy/entailment", "iapt", *scores, str(folder.relative_to(Path.cwd()))]
+
+
+def test_the_first_line_comes_before_the_libraries(tmp_path: Path) -> None:
+    code = "import sys; sys.modules['torch'] = None; from iapt.cli.train import main; main()"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    assert done.stderr.startswith(f"iapt-train task=toy/entailment method=iapt backbone=tiny: {LOADING}\n")
 
 
 def test_settings_reach_the_run_even_where_no_yaml_names_them(runs: Runs, command: Command) -> None:

@@ -82,6 +82,11 @@ def run_command(config_name: str, job: Job, check: Check, identify: Identify | N
     sys.exit(callbacks.exit_code)
 
 
+def loading(command: str, what: str) -> None:
+    """Say at once what is about to run: the libraries that it needs take seconds to import."""
+    print(f"{command} {what}: loading torch and transformers", file=sys.stderr, flush=True)
+
+
 def _run_hydra(command: Callable[[], Any], config_name: str, check: Check) -> None:
     """Run Hydra; what it refuses becomes a UserError, or is run once more with the settings forced."""
     if os.environ.get("HYDRA_FULL_ERROR") == "1":

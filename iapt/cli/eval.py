@@ -14,7 +14,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from iapt.cli.app import run_command
+from iapt.cli.app import loading, run_command
 from iapt.config.errors import ConfigError
 
 BENCHMARKS = ("harness", "mt_bench")  # each has a schema and a key that asks for it
@@ -27,6 +27,9 @@ def main() -> None:
 
 
 def _job(composed: DictConfig, folder: Path, in_sweep: bool) -> dict[str, Any]:
+    given = OmegaConf.to_container(composed, resolve=False)
+    assert isinstance(given, dict)
+    loading("iapt-eval", f"checkpoint={given.get('checkpoint')}")
     from iapt.runs import experiment
 
     problems = _problems(composed)

@@ -13,9 +13,10 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from iapt.cli.app import run_command
+from iapt.cli.app import loading, run_command
 from iapt.config.errors import ConfigError
 
 
@@ -25,6 +26,9 @@ def main() -> None:
 
 
 def _job(composed: DictConfig, folder: Path, in_sweep: bool) -> dict[str, Any]:
+    if not in_sweep:  # whose view shows every cell
+        chosen = HydraConfig.get().runtime.choices
+        loading("iapt-train", " ".join(f"{g}={chosen[g]}" for g in ("task", "method", "backbone") if chosen.get(g)))
     from iapt.methods.settings import load_config  # after Hydra: --cfg, --help and completion need no torch
     from iapt.runs.launch import launch
 
