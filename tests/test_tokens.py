@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from tokenizers import Tokenizer, models, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from iapt.api import attach, make_batch
-from iapt.benchmarks.mtbench_answers import _tokens
+from iapt.benchmarks.mtbench_answers import Answerer
 from iapt.config.errors import UserError
 from iapt.config.schema import BackboneConfig
 from iapt.config.task import TaskConfig
@@ -76,7 +77,8 @@ def test_what_a_template_writes_stays_and_what_the_tokenizer_adds_at_the_end_goe
     assert spell(tokenizer, item.response) == f" cd{KINDS[kind][2]}"
     assert [spell(tokenizer, ids) for ids in item.choices] == [" cd", " ef"]
     assert notes == []
-    assert spell(tokenizer, _tokens(tokenizer, f"ab{end}")) == f"{before}ab{end}"
+    asked = SimpleNamespace(model=SimpleNamespace(backbone=SimpleNamespace(tokenizer=tokenizer)), _opening=None)
+    assert [spell(tokenizer, ids) for ids in Answerer._tokens(asked, [f"ab{end}"])] == [f"{before}ab{end}"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
