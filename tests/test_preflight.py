@@ -31,6 +31,7 @@ from iapt.model.engine import Engine
 from iapt.preflight import checks, known
 from iapt.preflight.tools import distance, undisturbed
 from iapt.runs import experiment
+from tests.backbones import zoo
 from tests.contracts import conftest
 from tests.contracts.conftest import CASES, VARIANT_SHAPES, Case, batch, build_model, examples
 from tests.test_experiment import config
@@ -406,6 +407,11 @@ def test_an_encoder_is_refused_without_a_probe():
     lm, tokenizer = bert(0.02, torch.float32, is_decoder=False), conftest.build_backbone("llama").tokenizer
     with pytest.raises(UserError, match=r"BertLMHeadModel is built as an encoder.*is_decoder: true"):
         iapt.attach(lm, {"name": "prompt_tuning"}, tokenizer=tokenizer, preflight=False)
+
+
+def test_attention_modules_that_are_replaced_on_the_way_are_refused():
+    with pytest.raises(UserError, match=r"BigBirdForCausalLM replaces its attention modules.*original_full"):
+        AdaptedModel(zoo.build("big_bird-sparse"), None)
 
 
 def bert(spread: float, dtype: torch.dtype, is_decoder: bool) -> PreTrainedModel:

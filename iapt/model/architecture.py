@@ -67,6 +67,11 @@ def arguments_of(lm: PreTrainedModel) -> Arguments:
             f"backbone: {kind} is built as an encoder, whose tokens see what follows them; is_decoder: true in its "
             "config.json makes it a causal LM, if it was trained as one"
         )
+    if getattr(text_config(lm), "attention_type", None) == "block_sparse":
+        raise UserError(
+            f"backbone: {kind} replaces its attention modules while it runs, and what was attached to them with it; "
+            "attention_type: original_full in its config.json keeps them"
+        )
     if any("input_ids" in _parameters(layer) for layer in decoder_layers(lm)):
         raise UserError(
             f"backbone: layers of {kind} look ids up themselves, and what this engine hands a model are embeddings"

@@ -100,6 +100,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "gpt_bigcode-heads": {"_type": "gpt_bigcode", "multi_query": False},
     "opt-narrow": {"_type": "opt", "word_embed_proj_dim": 16, "do_layer_norm_before": False},
     **{name: {"is_decoder": True} for name in _BERTS},
+    "big_bird": {"is_decoder": True, "attention_type": "original_full"},
+    "big_bird-sparse": {"_type": "big_bird", "is_decoder": True, "attention_type": "block_sparse"},
     **{f"{name}-encoder": {"_type": name, "is_decoder": False} for name in ("bert", "roberta")},
     # -- what a family wants ------------------------------------------------------------------------------------
     "cohere": {"logit_scale": 1.0},
