@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
+from iapt.config.errors import UserError
 from iapt.model.architecture import arguments_of
 
 
@@ -25,6 +26,9 @@ def reached(lm: PreTrainedModel, names: Iterable[str]) -> list[str]:
     Args:
         lm: a frozen model; on the meta device too.
         names: of modules; one whose output is no tensor is left out too.
+
+    Raises:
+        UserError: if the model takes no cache of transformers' own.
     """
     names = list(names)
     outputs: dict[str, list[Tensor]] = {}
@@ -46,6 +50,9 @@ def reached(lm: PreTrainedModel, names: Iterable[str]) -> list[str]:
             if not kinds:
                 return []
             gradients = torch.autograd.grad(loss, [output for _, output in kinds], allow_unused=True)
+    except ValueError as error:
+        said = " ".join(str(error).split())
+        raise UserError(f"backbone: {type(lm).__name__} does not run with transformers' own cache: {said}") from error
     except (RuntimeError, NotImplementedError):
         if lm.device.type != "meta":
             raise

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -83,20 +84,11 @@ def document(results: Results) -> str:
 
 def _short(detail: str) -> str:
     """A reason without what differs from model to model."""
-    text = detail.split(": method ")[0].split("; ")[0]
-    words = [_generic(word) for word in text.split()]
-    return " ".join(words)
-
-
-def _generic(word: str) -> str:
-    """Class names of a family and figures, replaced by what they are."""
-    bare = word.strip("(),.:'")
-    if any(bare.endswith(end) for end in ("ForCausalLM", "LMHeadModel", "LMHead", "ForConditionalGeneration")):
-        return word.replace(bare, "this model")
-    if any(bare.endswith(end) for end in ("Layer", "Block", "Attention", "MLA")) and bare[:1].isupper():
-        return word.replace(bare, "its layers")
-    try:
-        float(bare)
-    except ValueError:
-        return word
-    return word.replace(bare, "x")
+    text = detail.split(": method ")[0].split("; ")[0].split(", not for ")[0]
+    text = re.sub(
+        r"\b\w+(ForCausalLM|LMHeadModel|LMHead|ForConditionalGeneration|GenerationDecoder)\b", "this model", text
+    )
+    text = re.sub(r"\b[A-Z]\w+(Layer|Block|Attention|MLA)\b", "its layer", text)
+    text = re.sub(r"(?<=^method: )\w+(?= (puts|reads|reaches))", "it", text)
+    text = re.sub(r" \(model_type=.*| \([\d, ]+\)$", "", text)
+    return re.sub(r"(?<![\w.])\d+(\.\d+)?(?![\w-])", "x", text)
