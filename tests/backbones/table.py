@@ -91,4 +91,4 @@ def _short(detail: str) -> str:
     text = re.sub(r"\b[A-Z]\w+(Layer|Block|Attention|MLA)\b", "its layer", text)
     text = re.sub(r"(?<=^method: )\w+(?= (puts|reads|reaches))", "it", text)
     text = re.sub(r" \(model_type=.*| \([\d, ]+\)$", "", text)
-    return re.sub(r"(?<![\w.])\d+(\.\d+)?(?![\w-])", "x", text)
+    return re.sub(r"(?<![\w.])\d+(\.\d+)?(e[-+]?\d+)?(?![\w-])", "x", text)
