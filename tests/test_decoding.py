@@ -185,7 +185,7 @@ def test_an_option_acts_as_in_plain_transformers(name: str, model: AdaptedModel)
 @pytest.mark.parametrize("name", sorted(REFUSED))
 def test_what_cannot_work_is_refused_by_name(name: str, model: AdaptedModel, monkeypatch: pytest.MonkeyPatch):
     active = False if name == "use_cache" else 7 if name == "num_beam_groups" else "something"
-    monkeypatch.setattr(model, "encode", None)  # nothing has run
+    monkeypatch.setattr(model, "prefill", None)  # nothing has run
     with pytest.raises(UserError, match=rf"^generate: {name} = .*: cannot be used, [^\n]*$"):
         model.generate(prompts(), **{name: active})
     monkeypatch.undo()
@@ -211,7 +211,7 @@ def test_what_cannot_work_is_refused_by_name(name: str, model: AdaptedModel, mon
 def test_an_impossible_call_is_one_line(
     options: Options, message: str, model: AdaptedModel, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(model, "encode", None)
+    monkeypatch.setattr(model, "prefill", None)
     with pytest.raises(UserError) as caught:
         model.generate(prompts(), **options)
     assert message in str(caught.value)

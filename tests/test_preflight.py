@@ -293,18 +293,18 @@ def stay_on(model: AdaptedModel, patch: pytest.MonkeyPatch) -> None:
     patch.setattr(AdaptedModel, "disabled", lambda self: nullcontext())
 
 
-def after_encode(change: Callable[[Any, Any], None]) -> Break:
-    """`change` edits an encoded prefix, given the batch it was made of."""
+def after_prefill(change: Callable[[Any, Any], None]) -> Break:
+    """`change` edits a prefilled prefix, given the batch it was made of."""
 
     def harm(model: AdaptedModel, patch: pytest.MonkeyPatch) -> None:
-        encode = Engine.encode
+        prefill = Engine.prefill
 
         def changed(self: Engine, made: Any) -> Any:
-            prefix = encode(self, made)
+            prefix = prefill(self, made)
             change(prefix, made)
             return prefix
 
-        patch.setattr(Engine, "encode", changed)
+        patch.setattr(Engine, "prefill", changed)
 
     return harm
 
@@ -358,8 +358,8 @@ BREAKS: dict[str, tuple[Case, str, Break, str]] = {
     "off is on": (PROMPT, "gpt2", stay_on, OFF),
     "off is on, in weights": (LORA, "llama", stay_on, OFF),
     "embeddings are not enough": (PROMPT, "llama", need_ids, OFF),
-    "another last token": (PROMPT, "llama", after_encode(repeat_the_wrong_token), CONTINUED),
-    "one column short": (PROMPT, "llama", after_encode(drop_a_column), CONTINUED),
+    "another last token": (PROMPT, "llama", after_prefill(repeat_the_wrong_token), CONTINUED),
+    "one column short": (PROMPT, "llama", after_prefill(drop_a_column), CONTINUED),
     "a prefix that is used up": (PROMPT, "llama", use_the_prefix_up, CONTINUED),
     "decoding without scales": (PARA, "llama", forget_the_plan, r"tokens decoded.*differ by"),
     "decoding another token": (PROMPT, "llama", choose_another, r"tokens decoded"),

@@ -172,6 +172,9 @@ def test_the_default_demo_prints_no_warning(tmp_path: Path) -> None:
     shorter = ("trainer.max_steps=2", f"hydra.run.dir={tmp_path}/run")
     line = [sys.executable, "-m", "iapt.cli.train", *shorter]
     done = subprocess.run(line, cwd=tmp_path, env=env, capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stderr) == (0, "")
+    assert done.returncode == 0
+    assert done.stderr.splitlines() == [
+        "iapt-train task=toy/entailment method=iapt backbone=tiny: loading torch and transformers"
+    ]
     assert "step 2/2" in done.stdout
     assert "arning" not in done.stdout

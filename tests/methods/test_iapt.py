@@ -232,11 +232,11 @@ def test_the_report_knows_fixed_activations_and_halves(tmp_path: Path):
     assert set(low) == {"layer", "activation", "max_distance_from_gelu", "inputs"}
 
 
-def test_other_processes_encode_but_write_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_other_processes_prefill_but_write_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
     backbone, ran = build_backbone("llama"), []
     model = AdaptedModel(backbone, Iapt(IaptConfig(), backbone.num_layers, backbone.hidden_size))
-    monkeypatch.setattr(model, "encode", lambda batch: ran.append(len(batch.indices)))
+    monkeypatch.setattr(model, "prefill", lambda batch: ran.append(len(batch.indices)))
     other = SimpleNamespace(is_main_process=False, device=torch.device("cpu"))
     assert stages.report(Config(), model, examples(), other, tmp_path) == []
     assert sum(ran) == len(examples())
