@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import string
@@ -445,18 +446,18 @@ class Clock(threading.Event):
         return False
 
 
-def test_pauses_grow_and_heed_the_server(stub: Stub, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pauses_grow_and_heed_the_server(stub: Stub) -> None:
     stub.reply = lambda stub, body: 500
+    config = JudgeConfig(base_url=stub.url, model="m", retries=4, backoff=1.5)
     with pytest.raises(RefusedError):
-        judge._ask_again("?", JudgeConfig(base_url=stub.url, model="m", retries=4, backoff=1.5), clock := Clock())
+        judge._ask_again("?", config, judge._client(config), clock := Clock())
     assert clock.pauses == [1.5, 3.0, 6.0, 12.0]
 
-    def limited(text: str, config: JudgeConfig) -> str:
+    def limited(text: str) -> str:
         raise RefusedError("later", pause=20.0)
 
-    monkeypatch.setattr(judge, "_ask", limited)
     with pytest.raises(RefusedError):
-        judge._ask_again("?", JudgeConfig(base_url="x", model="m", retries=7), clock := Clock())
+        judge._ask_again("?", JudgeConfig(base_url="x", model="m", retries=7), limited, clock := Clock())
     assert clock.pauses == [20.0] * 5 + [32.0, 60.0]
 
 
@@ -471,7 +472,15 @@ def test_a_refusal_for_good_ends_at_once_and_keeps_what_was_graded(
         evaluate(place / "run", tmp_path / "out", {}, given)
     assert ("no key in OPENAI_API_KEY" in str(caught.value)) == (status == 401)
     assert len(read_rows(tmp_path / "out" / "judgments.jsonl")) == 2
-    assert len(stub.asked) == 3
+    assert stub.keys == [None] * 3
+
+
+def test_without_the_extra_there_is_one_line_with_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = JudgeConfig(base_url="http://host/v1", model="m")
+    assert judge.problems(config) == []
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    [line] = judge.problems(config)
+    assert line.endswith("pip install 'iapt[judge]'")
 
 
 # --- rows and the command ---------------------------------------------------------------------------------

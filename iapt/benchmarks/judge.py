@@ -7,17 +7,14 @@ failed; no rating is ever made up for it.
 
 from __future__ import annotations
 
-import http.client
-import json
+import importlib.util
 import logging
 import os
 import re
 import threading
 import time
-import urllib.error
-import urllib.request
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +26,8 @@ from iapt.config.fields import at_least
 from iapt.runs.rows import append_row, read_rows
 
 log = logging.getLogger(__name__)
+
+Ask = Callable[[str], str]  # a prompt -> the judge's reply; RefusedError if there is none
 
 LONGEST_PAUSE = 60.0  # seconds
 HOPELESS = (400, 413, 422)  # no further attempt changes these (a prompt too long for the judge); others may succeed
@@ -88,6 +87,8 @@ def problems(config: JudgeConfig) -> list[str]:
     found = []
     if not re.match(r"https?://[^/]", config.base_url):
         found.append(f"mt_bench.judge.base_url = {config.base_url!r}: expected http://... or https://...")
+    if importlib.util.find_spec("openai") is None or importlib.util.find_spec("tenacity") is None:
+        found.append("mt_bench.judge.base_url: needs a client for the endpoint: pip install 'iapt[judge]'")
     if not config.model:
         found.append("mt_bench.judge.model: missing; the name that the endpoint knows the judge by")
     return found
@@ -166,6 +167,7 @@ def grade(
     Raises:
         UserError: the endpoint refuses key, model or request for good; what was graded until then is kept.
     """
+    ask = _client(config)
     done = {(row["question_id"], row["turn"]) for row in read_rows(path) if row["judge"][0] == config.model}
     todo = [(q, turn) for q in questions for turn in (1, 2) if (q.id, turn) not in done]
     failures, refused, stop = [], None, threading.Event()
@@ -173,7 +175,7 @@ def grade(
         asked = {}
         for question, turn in todo:
             text = prompt(question, answers[question.id], references.get(question.id, []), turn)
-            asked[pool.submit(_ask_again, text, config, stop)] = (question, turn, text)
+            asked[pool.submit(_ask_again, text, config, ask, stop)] = (question, turn, text)
         try:
             for number, future in enumerate(as_completed(asked), 1):
                 question, turn, text = asked[future]
@@ -233,51 +235,75 @@ def refuse_nothing(grades: dict[str, Any]) -> None:
         raise TrainingError(f"mt_bench: all {grades['n_failed']} judgments failed: {grades['failures'][0]['reason']}")
 
 
-def _ask_again(text: str, config: JudgeConfig, stop: threading.Event) -> tuple[str, float]:
-    """The judge's reply and its rating, after as many attempts as that takes; none once `stop` is set."""
-    reason = RefusedError("not asked")
-    for attempt in range(config.retries + 1):
-        if stop.is_set():
-            break
-        try:
-            reply = _ask(text, config)
-            return reply, rating(reply)
-        except RefusedError as error:
-            reason = error
-        if reason.final:
-            stop.set()
-        elif reason.hopeless:
-            break
-        elif attempt < config.retries:
-            stop.wait(min(max(config.backoff * 2**attempt, reason.pause), LONGEST_PAUSE))
-    raise reason
+def _ask_again(text: str, config: JudgeConfig, ask: Ask, stop: threading.Event) -> tuple[str, float]:
+    """The judge's reply and its rating, after as many attempts as that takes; none once `stop` is set.
 
+    Raises:
+        RefusedError: the last attempt's.
+    """
+    import tenacity
 
-def _ask(text: str, config: JudgeConfig) -> str:
-    """One request. Raises RefusedError for everything but a text."""
-    messages = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": text}]
-    body = {"model": config.model, "messages": messages, "temperature": 0, "max_tokens": config.max_tokens}
-    headers = {"Content-Type": "application/json"}
-    key = os.environ.get(config.api_key_env)
-    if key:
-        headers["Authorization"] = f"Bearer {key}"
-    assert config.base_url is not None
-    url = config.base_url.rstrip("/") + "/chat/completions"
-    request = urllib.request.Request(url, json.dumps(body).encode(), headers)
+    def once() -> tuple[str, float]:
+        reply = ask(text)
+        return reply, rating(reply)
+
+    def pause(state: tenacity.RetryCallState) -> float:
+        error = state.outcome.exception() if state.outcome else None
+        assert isinstance(error, RefusedError)
+        return min(max(config.backoff * 2 ** (state.attempt_number - 1), error.pause), LONGEST_PAUSE)
+
+    if stop.is_set():
+        raise RefusedError("not asked")
+    attempts = tenacity.Retrying(
+        retry=tenacity.retry_if_exception(lambda error: isinstance(error, RefusedError) and not error.hopeless),
+        stop=tenacity.stop_any(tenacity.stop_after_attempt(config.retries + 1), tenacity.stop_when_event_set(stop)),
+        wait=pause,
+        sleep=tenacity.sleep_using_event(stop),
+        reraise=True,
+    )
     try:
-        with urllib.request.urlopen(request, timeout=config.timeout) as response:
-            reply = json.load(response)["choices"][0]["message"]["content"]
-    except urllib.error.HTTPError as error:
-        said = error.read(300).decode("utf-8", "replace")
-        hint = "" if key or error.code not in (401, 403) else f" (no key in {config.api_key_env})"
-        pause = error.headers.get("Retry-After", "")
-        reason = f"HTTP {error.code}{hint}: {' '.join(said.split())}"
-        seconds = float(pause) if pause.isdigit() else 0.0
-        raise RefusedError(reason, hopeless=error.code in HOPELESS, final=error.code in FINAL, pause=seconds) from None
-    except (OSError, http.client.HTTPException) as error:  # no connection, a timeout, a connection that broke
-        raise RefusedError(f"no reply: {getattr(error, 'reason', None) or error or type(error).__name__}") from None
-    except (ValueError, LookupError, TypeError) as error:
-        raise RefusedError(f"a reply that is no chat completion: {error!r}") from None
-    if not isinstance(reply, str):
-        raise RefusedError("a reply without a text")
-    return reply
+        return attempts(once)
+    except RefusedError as error:
+        if error.final:
+            stop.set()
+        raise
+
+
+def _client(config: JudgeConfig) -> Ask:
+    """One request to the endpoint; the answer raises RefusedError for everything but a text."""
+    import openai
+
+    key = os.environ.get(config.api_key_env)
+    # Retries are ours, because they also heed the rating in a reply.
+    client = openai.OpenAI(base_url=config.base_url, api_key=key or "none", timeout=config.timeout, max_retries=0)
+
+    def ask(text: str) -> str:
+        try:
+            completion = client.chat.completions.create(
+                model=config.model or "",
+                messages=[{"role": "system", "content": SYSTEM}, {"role": "user", "content": text}],
+                temperature=0,
+                max_tokens=config.max_tokens,
+                extra_headers={} if key else {"Authorization": openai.Omit()},
+            )
+            reply = completion.choices[0].message.content
+        except openai.APIStatusError as error:
+            code, pause = error.status_code, error.response.headers.get("Retry-After", "")
+            hint = "" if key or code not in (401, 403) else f" (no key in {config.api_key_env})"
+            raise RefusedError(
+                f"HTTP {code}{hint}: {' '.join(error.response.text[:300].split())}",
+                hopeless=code in HOPELESS or code in FINAL,
+                final=code in FINAL,
+                pause=float(pause) if pause.isdigit() else 0.0,
+            ) from None
+        except openai.APITimeoutError:
+            raise RefusedError("no reply: timed out") from None
+        except openai.APIConnectionError as error:
+            raise RefusedError(f"no reply: {error.__cause__ or error}") from None
+        except (openai.OpenAIError, AttributeError, ValueError, LookupError, TypeError) as error:
+            raise RefusedError(f"a reply that is no chat completion: {error!r}") from None
+        if not isinstance(reply, str):
+            raise RefusedError("a reply without a text")
+        return reply
+
+    return ask
