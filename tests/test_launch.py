@@ -283,8 +283,10 @@ def test_an_interrupted_parent_leaves_nothing_running(
     config = config_with(hardware={"num_processes": processes})
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(to_dict(config)))
     code = (
-        "import sys, yaml; from pathlib import Path\n"
+        "import signal, sys, yaml; from pathlib import Path\n"
         "from iapt.methods.settings import load_config; from iapt.runs.launch import launch\n"
+        # A shell starts what it runs in the background with interrupts ignored, and children inherit that.
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "p = Path(sys.argv[1]); config = load_config(yaml.safe_load((p / 'config.yaml').read_text()))\n"
         # As the commands do. What Python itself exits with depends on what libraries run at exit.
         "try: launch(config, p / 'run', own_process=True)\n"
