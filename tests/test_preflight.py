@@ -452,7 +452,7 @@ def test_the_message_names_what_works_there(tmp_path: Path, monkeypatch: pytest.
     family = {"right": ["lora", "bitfit"], "refused": {"para": "no inner map"}}
     known.VERIFIED.write_text(json.dumps({"transformers": "5.0", "families": {"mpt": family}}))
     assert known.known_there("llama", "lora") == "no method was tested there"
-    assert known.known_there("mpt", "iapt") == "known to be right there: lora, bitfit"
+    assert known.known_there("mpt", "iapt") == "known to be right there (transformers 5.0): lora, bitfit"
     assert "no inner map" in known.known_there("mpt", "para")
 
 

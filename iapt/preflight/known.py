@@ -16,4 +16,4 @@ def known_there(model_type: str, method: str) -> str:
         return "no method was tested there"
     refused = family.get("refused", {}).get(method)
     why = f"it is known not to work there ({refused}); " if refused else ""
-    return f"{why}known to be right there: {', '.join(family['right'])}"
+    return f"{why}known to be right there (transformers {table['transformers']}): {', '.join(family['right'])}"
