@@ -23,7 +23,7 @@ from typing import Any
 
 from iapt.config.errors import TrainingError, UserError
 from iapt.config.fields import at_least
-from iapt.runs.rows import append_row, read_rows
+from iapt.folder.files import append_row, read_rows
 
 log = logging.getLogger(__name__)
 

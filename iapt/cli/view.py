@@ -13,7 +13,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
 
-from iapt.config.paths import JOBS
+from iapt.folder.names import JOBS
 
 SECONDS_BETWEEN_LOOKS = 0.2
 

@@ -1,8 +1,4 @@
-"""Files of a run that outlive it.
-
-adapter.safetensors   the method's tensors, float32
-adapter.json          schema version, method, backbone identity, template hash, and the run's whole configuration
-"""
+"""A saved adapter, whoever saved it: its tensors, and what says which method and backbone they belong to."""
 
 from __future__ import annotations
 
@@ -16,31 +12,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from iapt.config.errors import UserError
+from iapt.folder.files import write_json
+from iapt.folder.names import ADAPTER, META
 
 SCHEMA_VERSION = 1
-ADAPTER, META, SUMMARY = "adapter.safetensors", "adapter.json", "summary.json"
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Write JSON so that a reader, or a crash, never meets half a file."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.part")  # several ranks may write the same file
-    temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
-
-
-def read_summary(folder: Path) -> dict[str, Any]:
-    """The folder's `summary.json`, empty if there is none or it cannot be read."""
-    try:
-        summary = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return summary if isinstance(summary, dict) else {}
-
-
-def refuse_finished(folder: Path) -> None:
-    """Raises UserError if the folder holds a finished run."""
-    if read_summary(folder).get("status") == "ok":
-        raise UserError(f"hydra.run.dir = {folder}: already holds a finished run; nothing was changed, choose another")
 
 
 def save_adapter(folder: Path, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:

@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 from typing import Any, TypeGuard
 
 from iapt.config.errors import UserError
-from iapt.report.runs import FAILED, OK, VERSIONED, Run, short
+from iapt.folder.summary import FAILED, OK
+from iapt.report.runs import VERSIONED, Run, short
 
 MUST_AGREE = (
     "protocol",
@@ -152,8 +153,8 @@ def _sort_out(runs: Sequence[Run]) -> tuple[list[str], list[Run]]:
         where = short(run.folder)
         if run.name("task") is None or run.name("method") is None:
             notes.append(f"left out {where}: does not say its task and method ({run.reason or run.status})")
-        elif run.checkpoint and run.summary.get("split", "test") != "test":
-            notes.append(f"left out {where}: an evaluation of {run.summary.get('split')}, not of test")
+        elif run.checkpoint and run.summary.split not in (None, "test"):
+            notes.append(f"left out {where}: an evaluation of {run.summary.split}, not of test")
         elif run.checkpoint and (run.checkpoint, run.name("task")) in trained:
             notes.append(f"left out {where}: scores again what a run in this report has trained and scored")
         else:
@@ -201,10 +202,10 @@ def _varying(runs: Iterable[Run]) -> dict[str, list[str]]:
 def _metrics(runs: list[Run], all_metrics: bool) -> list[str]:
     names: dict[str, None] = {}
     for run in runs:
-        if run.summary.get("metric"):
-            names[str(run.summary["metric"])] = None
+        if run.summary.metric:
+            names[run.summary.metric] = None
         if all_metrics:
-            scored = (run.summary.get("metrics") or {}).get("test") or {}
+            scored = run.summary.metrics.get("test") or {}
             names |= dict.fromkeys(
                 k.removesuffix("_note") for k, v in scored.items() if _number(v) or k.endswith("_note")
             )

@@ -46,7 +46,7 @@ class Saved:
     key: str = "checkpoint"
 
     def identity(self) -> dict[str, Any]:
-        """What `summary.json` says about the model."""
+        """The fields of a `Summary` that say which model it is."""
         config = self.config
         return {
             "method": config.method.name,

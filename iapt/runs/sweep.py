@@ -11,6 +11,7 @@ The code's version is not part of the hash: a sweep of days must survive an unre
 
 from __future__ import annotations
 
+import dataclasses
 import fcntl
 import functools
 import hashlib
@@ -25,39 +26,35 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from iapt.config.paths import JOBS
 from iapt.config.schema import Config, to_dict
-from iapt.model.checkpoint import ADAPTER, META, SUMMARY, read_summary, write_json
-from iapt.training.state import STATE
+from iapt.folder.files import write_json
+from iapt.folder.names import ADAPTER, CELL, CONFIG, JOBS, LOCK, META, STATE, SUMMARY
+from iapt.folder.summary import FAILED, RUNNING, Summary, read_summary
 
-CELL = "cell.json"
-OUTPUT = "output.log"  # what the run of a cell prints; the terminal belongs to the whole sweep
-LOCK = ".lock"  # held while a job looks for its cell
 # What no result hangs on. `data_dir` is one of them because the content of the files stands for it. Hardware is not:
 # a sweep over it is an experiment on speed and memory, and its cells must stay apart.
 COSMETIC = ("resume", "sweep", "tracking", "data_dir", "trainer.log_every")
 
 
 @dataclass(frozen=True)
-class Cell:
-    """A job's cell.
+class Claim:
+    """What a job holds of its cell.
 
     Attributes:
-        folder: its run folder.
-        before: its `summary.json` as it was found, {} if there is none.
+        folder: the cell's run folder.
+        before: its summary as it was found.
         free: whether this process may work on it; False while another one does.
     """
 
     folder: Path
-    before: dict[str, Any]
+    before: Summary
     free: bool
 
-    def settled(self, retry: bool) -> dict[str, Any] | None:
+    def settled(self, retry: bool) -> Summary | None:
         """The summary to show if there is nothing to run, else None; `retry` has failed cells run again."""
-        status = self.before.get("status")
-        if status == "ok" or (status == "failed" and self.free and not retry):
+        if self.before.finished or (self.before.status == FAILED and self.free and not retry):
             return self.before
-        return None if self.free else {**self.before, "status": "running"}
+        return None if self.free else dataclasses.replace(self.before, status=RUNNING)
 
 
 # Settings that sweeps were begun without, and the value that says what held then: such a sweep keeps its cells.
@@ -122,7 +119,7 @@ def read_cell(folder: Path) -> str | None:
 
 
 @contextmanager
-def claim(sweep: Path, folder: Path, cell: str) -> Iterator[Cell]:
+def claim(sweep: Path, folder: Path, cell: str) -> Iterator[Claim]:
     """Find the cell's folder below `sweep`, or make `folder` its folder, and keep other processes off it.
 
     Args:
@@ -144,7 +141,7 @@ def claim(sweep: Path, folder: Path, cell: str) -> Iterator[Cell]:
         if free:
             _lock(held, fcntl.LOCK_SH)  # the run's own process takes a share too, and may outlive this one
     try:
-        yield Cell(there, read_summary(there), free)
+        yield Claim(there, read_summary(there), free)
     finally:
         os.close(held)
 
@@ -167,10 +164,10 @@ def is_held(sweep: Path, folder: Path) -> bool:
             os.close(descriptor)
 
 
-def note_job(sweep: Path, folder: Path, summary: dict[str, Any], ran: bool) -> None:
+def note_job(sweep: Path, folder: Path, summary: Summary, ran: bool) -> None:
     """Tell whoever watches the sweep that a job ended, and whether it ran or found its cell settled."""
     keys = ("status", "task", "method", "seed", "metric", "dev", "test", "train_seconds")
-    line = json.dumps({**{key: summary.get(key) for key in keys}, "folder": str(folder), "ran": ran}) + "\n"
+    line = json.dumps({**{key: getattr(summary, key) for key in keys}, "folder": str(folder), "ran": ran}) + "\n"
     descriptor = os.open(sweep / JOBS, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
     try:
         os.write(descriptor, line.encode())  # one call, so that lines of several processes do not mix
@@ -185,7 +182,7 @@ def _places(folder: Path) -> Iterator[Path]:
 
 
 def _is_taken(folder: Path) -> bool:
-    return any((folder / name).exists() for name in (CELL, SUMMARY, STATE, "config.yaml"))
+    return any((folder / name).exists() for name in (CELL, SUMMARY, STATE, CONFIG))
 
 
 @contextmanager

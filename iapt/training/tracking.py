@@ -24,6 +24,7 @@ from rich.progress import (
 )
 
 from iapt.config.schema import TrackingConfig
+from iapt.folder.names import METRICS
 
 log = logging.getLogger(__name__)
 
@@ -39,7 +40,7 @@ class Tracker:
 
     def __init__(self, folder: Path, accelerator: Accelerator, name: str) -> None:
         self._main = accelerator.is_main_process
-        self._path = folder / "metrics.jsonl"
+        self._path = folder / METRICS
         self._accelerator = accelerator
         self._name = name
         self._progress: Progress | None = None

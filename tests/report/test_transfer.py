@@ -170,7 +170,7 @@ def test_real_runs(tmp_path: Path):
     for name, source in (("fresh", None), ("from", str(tmp_path / "plain"))):
         second = config(method="prompt_tuning")
         second.method.init_from = source
-        values[name] = experiment.run(second, tmp_path / "runs" / name)["test"]
+        values[name] = experiment.run(second, tmp_path / "runs" / name).test
         (tmp_path / "runs" / name / "config.yaml").write_text(yaml.safe_dump(to_dict(second)))
     report.run([str(tmp_path / "runs"), "--out", str(tmp_path / "out")])
     [written] = (tmp_path / "out").glob("transfer_*.csv")
