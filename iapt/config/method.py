@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from typing import ClassVar
 
-from iapt.config.fields import at_least
+from iapt.config.fields import Role, at_least, setting
 from iapt.config.task import TaskConfig
 
 
@@ -33,10 +33,10 @@ class MethodConfig:
     trains_backbone: ClassVar[bool] = False  # True: nothing of the backbone stays frozen
     bound_to_task: ClassVar[bool] = False  # True: what it has learned are this task's labels
 
-    name: str = "???"
-    kind: str | None = None
+    name: str = setting("???", Role.IDENTITY)
+    kind: str | None = setting(None, Role.IDENTITY)
     # Soft prompts need rates that would ruin LoRA and the other way round: most schemas have one of their own.
-    learning_rate: float = at_least(1e-3, 0)
+    learning_rate: float = at_least(1e-3, 0, Role.IDENTITY)  # no row: it is only what the trainer's defaults to
 
     def problems(self) -> list[str]:
         """Contradictions between this method's own fields, one line each."""
@@ -64,4 +64,4 @@ class SoftPromptConfig(MethodConfig):
     backbone to another.
     """
 
-    init_from: str | None = field(default=None, metadata={"adapter": True})
+    init_from: str | None = setting(None, adapter=True)

@@ -12,31 +12,13 @@ from dataclasses import dataclass, field
 from typing import Any, TypeGuard
 
 from iapt.config.errors import UserError
+from iapt.config.fields import Role
+from iapt.config.roles import role_of
 from iapt.folder.summary import FAILED, OK
-from iapt.report.runs import VERSIONED, Run, short
+from iapt.report.runs import AGREED, AGREED_SETTINGS, VERSIONED, Run, short
 
-MUST_AGREE = (
-    "protocol",
-    "metric",
-    "data_fingerprint",
-    "template_hash",
-    "backbone_fingerprint",
-    *(f"versions.{package}" for package in VERSIONED),
-    "seed",
-)
-# Settings that give a method another row where they differ. The rest is where and how a run computes, or is covered
-# by the circumstances that a cell may not mix (a template by its hash, the examples by their fingerprint).
-ROW_GROUPS = ("method.", "trainer.", "hardware.", "budget")
-ROW_KEYS = (
-    "backbone.quantization", "task.scoring", "task.normalize_scores", "task.num_beams", "task.max_new_tokens",
-    "task.max_train_examples",
-)  # fmt: skip
+MUST_AGREE = (*AGREED_SETTINGS, *AGREED, *(f"versions.{package}" for package in VERSIONED), "seed")
 INIT_FROM = "method.init_from"  # known by the task of the adapter, which has a folder of its own for every seed
-# The method's own learning rate is only what the trainer's defaults to.
-NO_ROW = (
-    "trainer.log_every", "trainer.eval_batch_size", "hardware.device", "method.name", "method.kind",
-    "method.learning_rate",
-)  # fmt: skip
 
 
 @dataclass(frozen=True, order=True)
@@ -137,11 +119,7 @@ def gather(runs: Sequence[Run], allow_mixed: Collection[str] = (), all_metrics: 
 
 def row_settings(run: Run) -> dict[str, str]:
     """The settings of a run that can give it a row of its own."""
-    found = {
-        key: _word(value)
-        for key, value in run.settings.items()
-        if (key.startswith(ROW_GROUPS) or key in ROW_KEYS) and key not in NO_ROW
-    }
+    found = {key: _word(value) for key, value in run.settings.items() if Role.ROW in role_of(key)}
     return {**found, INIT_FROM: _word(run.init_from)}
 
 

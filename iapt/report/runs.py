@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from iapt.config.errors import UserError
+from iapt.config.fields import Role
+from iapt.config.roles import with_role
 from iapt.folder.files import read_config, run_folders, whole_rows
 from iapt.folder.names import ACTIVATIONS, CONFIG, META, METRICS, PREDICTIONS, STATE, SUMMARY
 from iapt.folder.summary import FAILED, OK, UNFINISHED, Summary, read_summary
 from iapt.runs.sweep import flatten
 
+# What runs in one cell must share: fields of a summary, and settings that a summary does not repeat.
+AGREED = tuple(f.name for f in fields(Summary) if f.metadata.get("agree"))
+AGREED_SETTINGS = tuple(key for key in with_role(Role.AGREE) if key not in AGREED)
 VERSIONED = ("iapt", "torch", "transformers", "peft")  # packages whose version may change a result
 # A summary without a `device_type` has for its `device` the machine's architecture where it computed on the CPU.
 ARCHITECTURES = {"x86_64", "amd64", "aarch64", "arm64", "i386", "i686", "ppc64le", "s390x", "riscv64"}
@@ -101,15 +106,15 @@ class Run:
     @property
     def circumstances(self) -> dict[str, str]:
         """What runs must share to stand in one cell; what a folder does not record is left out."""
-        summary, backbone = self.summary, self.adapter.get("backbone") or {}
+        # A summary from before some of them were in it is helped out by the folder's other files.
+        beside = {
+            "protocol": self.settings.get("protocol"),
+            "backbone_fingerprint": (self.adapter.get("backbone") or {}).get("fingerprint"),
+        }
         found = {
-            "protocol": summary.protocol or self.settings.get("protocol"),
-            "metric": summary.metric,
-            "metric_tokenizer": self.settings.get("task.metric_tokenizer"),
-            "data_fingerprint": summary.data_fingerprint,
-            "template_hash": summary.template_hash,
-            "backbone_fingerprint": summary.backbone_fingerprint or backbone.get("fingerprint"),
-            **{f"versions.{package}": summary.versions.get(package) for package in VERSIONED},
+            **{key: self.settings.get(key) for key in AGREED_SETTINGS},
+            **{key: getattr(self.summary, key) or beside.get(key) for key in AGREED},
+            **{f"versions.{package}": self.summary.versions.get(package) for package in VERSIONED},
         }
         return {key: str(value) for key, value in found.items() if value is not None}
 

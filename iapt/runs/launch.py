@@ -21,18 +21,18 @@ import psutil
 import torch
 
 from iapt.config.errors import ConfigError, TrainingError, UserError
+from iapt.config.fields import Role
+from iapt.config.roles import role_of
 from iapt.config.schema import Config, to_dict
 from iapt.folder.files import read_config, write_config
 from iapt.folder.names import CELL, CONFIG, OUTPUT, STATE, SUMMARY
 from iapt.folder.summary import FAILED, SCHEMA_VERSION, Summary, names_in, read_summary, refuse_finished, write_summary
 from iapt.model.checkpoint import load_adapter
 from iapt.runs.hardware import check_hardware, cores
-from iapt.runs.sweep import cell_id, flatten, is_under, read_cell
+from iapt.runs.sweep import cell_id, flatten, read_cell
 
 log = logging.getLogger(__name__)
 
-# What may change between a run and its continuation without changing what is computed.
-MAY_DIFFER = ("resume", "sweep", "hardware", "tracking", "preflight", "trainer.log_every", "trainer.eval_batch_size")
 # Of a run's own process: interrupted, or told to stop, as a batch system tells every process of a job at once.
 STOPPED = (128 + signal.SIGINT, -signal.SIGINT, 128 + signal.SIGTERM, -signal.SIGTERM)
 SECONDS_TO_STOP = 20.0
@@ -223,7 +223,7 @@ def _check_same_run(config: Config, folder: Path) -> None:
     new = flatten(to_dict(config))
     found = []
     for key in sorted({*saved, *new}):
-        if not is_under(key, MAY_DIFFER) and saved.get(key) != new.get(key):
+        if Role.MAY_DIFFER not in role_of(key) and saved.get(key) != new.get(key):
             found.append(f"{key} = {new.get(key)!r}: the run to resume has {saved.get(key)!r}")
     if found:
         raise ConfigError(found)

@@ -26,14 +26,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from iapt.config.fields import Role
+from iapt.config.roles import role_of, younger
 from iapt.config.schema import Config, to_dict
 from iapt.folder.files import write_json
 from iapt.folder.names import ADAPTER, CELL, CONFIG, JOBS, LOCK, META, STATE, SUMMARY
 from iapt.folder.summary import FAILED, RUNNING, Summary, read_summary
-
-# What no result hangs on. `data_dir` is one of them because the content of the files stands for it. Hardware is not:
-# a sweep over it is an experiment on speed and memory, and its cells must stay apart.
-COSMETIC = ("resume", "sweep", "tracking", "data_dir", "trainer.log_every")
 
 
 @dataclass(frozen=True)
@@ -57,15 +55,6 @@ class Claim:
         return None if self.free else dataclasses.replace(self.before, status=RUNNING)
 
 
-# Settings that sweeps were begun without, and the value that says what held then: such a sweep keeps its cells.
-_YOUNGER = {
-    "task.source.builder": "none",
-    "task.source.quotes": "auto",
-    "task.integer_labels": "auto",
-    "task.metric_tokenizer": "default",
-}
-
-
 def cell_id(config: Config) -> str:
     """16 hexadecimal digits that stand for all of a configuration that its result depends on.
 
@@ -74,14 +63,11 @@ def cell_id(config: Config) -> str:
             method's settings name, the content counts, not the place.
     """
     settings = {**to_dict(config), "data": _data_digest(config)}
-    del settings["preflight"]  # it changes no result
-    for path, default in _YOUNGER.items():
+    for path in younger(config):
         *groups, key = path.split(".")
-        group = functools.reduce(operator.getitem, groups, settings)
-        if group[key] == default:
-            del group[key]
+        del functools.reduce(operator.getitem, groups, settings)[key]
     for key, folder in config.method.adapters().items():
-        if folder is None:  # likewise
+        if folder is None:  # as where there was no such setting
             del settings["method"][key]
         else:
             settings["method"][key] = _adapter_digest(Path(folder)) or folder
@@ -89,8 +75,8 @@ def cell_id(config: Config) -> str:
 
 
 def hash_of(settings: dict[str, Any]) -> str:
-    """The same of any nested mapping, the cosmetic keys left out."""
-    kept = {key: value for key, value in flatten(settings).items() if not is_under(key, COSMETIC)}
+    """The same of any nested mapping of settings, those left out that are no part of a cell's identity."""
+    kept = {key: value for key, value in flatten(settings).items() if Role.IDENTITY in role_of(key)}
     return hashlib.sha256(json.dumps(kept, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
@@ -103,11 +89,6 @@ def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[f"{prefix}{key}"] = value
     return flat
-
-
-def is_under(key: str, sections: tuple[str, ...]) -> bool:
-    """Whether a dotted key is one of `sections` or lies in one."""
-    return any(key == section or key.startswith(f"{section}.") for section in sections)
 
 
 def read_cell(folder: Path) -> str | None:

@@ -9,7 +9,9 @@ from typing import Any
 import torch
 
 from iapt.config.errors import UserError
+from iapt.config.fields import Role
 from iapt.config.method import MethodConfig
+from iapt.config.roles import role_of
 from iapt.config.schema import to_dict
 from iapt.model.adapted import AdaptedModel
 from iapt.model.checkpoint import check_backbone, load_adapter
@@ -17,7 +19,6 @@ from iapt.model.method import SoftPrompt
 from iapt.runs.restore import build_model, read_saved
 
 KEY = "method.init_from"
-_BESIDE = ("name", "kind", "learning_rate", "init_from")  # settings that make no other adapter
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,7 +96,7 @@ def _start_from(model: AdaptedModel, config: MethodConfig, backbone: dict[str, A
     differs = tuple(
         f"{key} = {saved[key]!r} (here {value!r})"
         for key, value in to_dict(config).items()
-        if key not in _BESIDE and key in saved and saved[key] != value
+        if key != "init_from" and Role.ROW in role_of(f"method.{key}") and key in saved and saved[key] != value
     )
     try:
         model.load_adapter_state(method.adopt(tensors))
