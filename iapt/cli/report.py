@@ -125,9 +125,9 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
 
 
 def _sheets(boards: list[Board], args: argparse.Namespace) -> tuple[list[Sheet], dict[str, Tests]]:
-    from iapt.report.reference import reference_sheet
+    from iapt.report.published import reference_sheet
     from iapt.report.sheet import against, differences_sheet, main_sheet
-    from iapt.report.transfer import transfer_sheets
+    from iapt.report.transfer_matrix import transfer_sheets
 
     baselines = _baselines(boards, args.baseline)
     sheets: list[Sheet] = []
@@ -163,7 +163,7 @@ def _baselines(boards: list[Board], name: str | None) -> dict[str, Row]:
 
 def _plots(boards: list[Board]) -> list[Plot]:
     from iapt.report.plots import plots
-    from iapt.report.transfer import transfer_plots
+    from iapt.report.transfer_matrix import transfer_plots
 
     return [plot for board in boards for plot in (*plots(board), *transfer_plots(board))]
 

@@ -15,7 +15,7 @@ from iapt.config.schema import to_dict
 from iapt.report.cells import Board, Column, Row, gather
 from iapt.report.plots import Plot
 from iapt.report.runs import read_runs
-from iapt.report.transfer import matrices, transfer_plots, transfer_sheets
+from iapt.report.transfer_matrix import matrices, transfer_plots, transfer_sheets
 from iapt.runs import experiment
 from tests.report.folders import make_failed, make_run, make_sweep
 from tests.test_experiment import config
