@@ -29,8 +29,8 @@ SHAPE = {
 }  # fmt: skip
 SUMMARY_KEYS = {
     "task", "method", "backbone", "seed", "trainable_params", "metric", "zero_shot", "dev", "test", "best_step",
-    "steps", "train_seconds", "tokens_per_second", "peak_memory_bytes", "status", "versions", "git",
-    "data_fingerprint", "template_hash", "total_steps", "note",
+    "steps", "train_seconds", "tokens_per_second", "peak_memory_bytes", "status", "versions",
+    "data_fingerprint", "template_hash", "total_steps", "device_type",
 }  # fmt: skip
 
 
