@@ -7,6 +7,7 @@ past the builders ever sees an OmegaConf object.
 from __future__ import annotations
 
 import dataclasses
+import re
 import typing
 from collections.abc import Mapping
 from dataclasses import field
@@ -58,6 +59,19 @@ def load_config(
     return config
 
 
+def literal(stored: Any) -> Any:
+    """Stored settings for `load_config`, their texts as they stand: `${...}` in them is text, no interpolation.
+
+    A run writes its settings resolved. Whoever reads those of another must not have them look up anything here, the
+    environment least of all.
+    """
+    if isinstance(stored, str):  # OmegaConf takes an odd number of backslashes before ${ for an escape
+        return re.sub(r"(\\*)\$\{", lambda found: found[1] * 2 + r"\${", stored)
+    if isinstance(stored, Mapping):
+        return {key: literal(value) for key, value in stored.items()}
+    return [literal(value) for value in stored] if isinstance(stored, list) else stored
+
+
 def method_config(settings: Mapping[str, Any], methods: Mapping[str, type[MethodConfig]]) -> MethodConfig:
     """Check the settings of a method by themselves, as `load_config` checks them within a run's.
 
@@ -69,7 +83,7 @@ def method_config(settings: Mapping[str, Any], methods: Mapping[str, type[Method
     """
     alone = dataclasses.make_dataclass("Alone", [("method", MethodConfig, field(default_factory=MethodConfig))])
     shipped = CONFIG_DIR / "method" / f"{settings.get('name')}.yaml"
-    given = OmegaConf.create(dict(settings))
+    given = OmegaConf.create(literal(settings))
     known = OmegaConf.merge(OmegaConf.load(shipped), given) if "kind" not in given and shipped.is_file() else given
     method: MethodConfig = load_config({"method": known}, methods, alone).method
     if problems := method.problems():

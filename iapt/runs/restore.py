@@ -14,6 +14,7 @@ from omegaconf import OmegaConf
 from torch import Tensor
 
 from iapt import preflight
+from iapt.config.check import literal
 from iapt.config.errors import UserError
 from iapt.config.schema import Config
 from iapt.data.batch import Batch, Encoded, collate
@@ -24,6 +25,7 @@ from iapt.model.adapted import AdaptedModel
 from iapt.model.backbone import build_backbone
 from iapt.model.checkpoint import check_backbone, load_adapter
 from iapt.model.method import SoftPrompt
+from iapt.model.stored import need
 from iapt.runs.hardware import check_hardware
 
 
@@ -73,9 +75,10 @@ def read_saved(folder: Path, overrides: dict[str, Any], key: str = "checkpoint")
         raise UserError(
             f"{key} = {folder}: was saved from Python, so its task and backbone are not known; iapt.load reads it"
         )
+    need(meta, f"{key} = {folder}", "method.name", "backbone", "trainable_params")
     # A named task or backbone replaces the run's own; single settings are laid over it.
     replaced = {key for key, value in overrides.items() if isinstance(value, dict) and "name" in value}
-    kept = {key: value for key, value in meta["config"].items() if key not in replaced}
+    kept = {key: value for key, value in literal(meta["config"]).items() if key not in replaced}
     if "task" in kept:  # runs before there was this setting took every number for an index
         kept["task"] = {"integer_labels": "indices", **kept["task"]}
     config: Config = load_config(OmegaConf.merge(kept, overrides))  # type: ignore[arg-type]
