@@ -54,7 +54,7 @@ def export_peft(model: AdaptedModel, folder: str | Path) -> None:
         UserError: for any other method.
     """
     method, lm = model.method, model.lm
-    if isinstance(method, SoftPrompt) and (prompt := _input_prompt(method, model.backbone.num_layers)) is not None:
+    if isinstance(method, SoftPrompt) and (prompt := _input_prompt(method)) is not None:
         config: Any = peft.PromptTuningConfig(
             task_type="CAUSAL_LM",
             num_virtual_tokens=len(prompt),
@@ -126,11 +126,9 @@ def import_peft(
 
 
 @torch.no_grad()
-def _input_prompt(method: SoftPrompt, num_layers: int) -> Tensor | None:
+def _input_prompt(method: SoftPrompt) -> Tensor | None:
     """(s, d) float32 on the CPU, if that is all the method ever does to a pass."""
-    if method.position != "before_instruction" or method.reads != "nothing":
-        return None
-    if method.edits_cache or method.edits_embeddings or method.scales or method.hides:
+    if method.position != "before_instruction" or method.edits():
         return None
     if method.scores_labels:  # by a head of its own, say
         return None
@@ -138,14 +136,9 @@ def _input_prompt(method: SoftPrompt, num_layers: int) -> Tensor | None:
     method.eval()
     try:
         prompt = method.input_embeddings()
-        if prompt is None:
-            return None
-        state, mask = prompt[None], torch.ones(1, len(prompt), dtype=torch.bool, device=prompt.device)
-        if any(method(layer, state, mask, state) is not None for layer in range(num_layers)):
-            return None
     finally:
         method.train(was)
-    return prompt.detach().float().cpu().clone().contiguous()
+    return None if prompt is None else prompt.detach().float().cpu().clone().contiguous()
 
 
 def _prompt_settings(config: Any, tensors: dict[str, Tensor], path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 import iapt
 from iapt.config.errors import UserError
 from iapt.model.adapted import AdaptedModel
+from iapt.model.edits.layer_input import LayerInput
 from tests.contracts.conftest import Case, batch, build_backbone, build_model, examples
 from tests.test_library import IAPT, LORA, PROMPT, attach
 
@@ -220,7 +221,7 @@ def test_the_bare_backbone_is_refused(tmp_path: Path):
 
 def test_prompts_that_also_act_on_layers_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     model = build_model(Case("prompt_tuning"), "llama")
-    monkeypatch.setattr(model.method, "forward", lambda layer, states, mask, previous: previous if layer == 2 else None)
+    monkeypatch.setattr(model.method, "edits", lambda: (LayerInput(model.method, reads="nothing"),))
     with pytest.raises(UserError, match="PromptTuning does not fit"):
         iapt.export_peft(model, tmp_path)
 

@@ -126,7 +126,7 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
 
 def _sheets(boards: list[Board], args: argparse.Namespace) -> tuple[list[Sheet], dict[str, Tests]]:
     from iapt.report.reference import reference_sheet
-    from iapt.report.sheet import against, main_sheet
+    from iapt.report.sheet import against, differences_sheet, main_sheet
     from iapt.report.transfer import transfer_sheets
 
     baselines = _baselines(boards, args.baseline)
@@ -137,6 +137,8 @@ def _sheets(boards: list[Board], args: argparse.Namespace) -> tuple[list[Sheet],
         if baseline:
             tests[board.backbone] = against(board, baseline, args.resamples)
         sheets.append(main_sheet(board, args.show, baseline, tests.get(board.backbone)))
+        if baseline:
+            sheets.append(differences_sheet(board, baseline, tests[board.backbone]))
         sheets += transfer_sheets(board)
         if args.reference:
             sheets.append(reference_sheet(board))

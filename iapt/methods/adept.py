@@ -12,6 +12,7 @@ training as in decoding (I). A starts as torch's linear maps do, Kaiming-uniform
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,6 +23,8 @@ from iapt.config.method import SizeKnob, SoftPromptConfig
 from iapt.methods.prompt_tuning import PromptTuning, random_tokens
 from iapt.methods.registry import MethodSpec, register
 from iapt.model.backbone import Backbone
+from iapt.model.edits.base import Edit
+from iapt.model.edits.word_embeddings import WordEmbeddings
 
 
 @dataclass
@@ -44,8 +47,6 @@ class AdeptConfig(SoftPromptConfig):
 class Adept(PromptTuning):
     """P (m, d) in float32, given as input embeddings, and the network of the offsets."""
 
-    edits_embeddings = True
-
     def __init__(self, config: AdeptConfig, start: Tensor) -> None:
         super().__init__(start, "before_instruction")
         width = start.shape[1]
@@ -54,6 +55,9 @@ class Adept(PromptTuning):
             nn.init.zeros_(zero)
         self.offsets = nn.Sequential(down, nn.ReLU(), nn.Dropout(config.dropout), up)
         self.lr_overrides = {"offsets.": config.offset_learning_rate}
+
+    def edits(self) -> Sequence[Edit]:
+        return (WordEmbeddings(self),)
 
     def edit_embeddings(self, words: Tensor, mask: Tensor) -> Tensor:
         words = words.to(torch.promote_types(words.dtype, self.prompt.dtype))

@@ -14,6 +14,7 @@ training as in decoding (I). Tokens behind the first S, `max_offsets`, get none 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -23,6 +24,8 @@ from iapt.config.method import SizeKnob, SoftPromptConfig
 from iapt.methods.prompt_tuning import PromptTuning, random_tokens
 from iapt.methods.registry import MethodSpec, register
 from iapt.model.backbone import Backbone
+from iapt.model.edits.base import Edit
+from iapt.model.edits.word_embeddings import WordEmbeddings
 from iapt.nn.offsets import PositionOffsets, offset_parameters
 
 
@@ -47,13 +50,14 @@ class DeptConfig(SoftPromptConfig):
 class Dept(PromptTuning):
     """P (m, d) in float32, given as input embeddings, and the offsets."""
 
-    edits_embeddings = True
-
     def __init__(self, config: DeptConfig, start: Tensor) -> None:
         super().__init__(start, "before_instruction")
         width = start.shape[1]
         self.offsets = PositionOffsets(config.max_offsets, width, config.rank, config.alpha)
         self.lr_overrides = {"offsets.": config.offset_learning_rate}
+
+    def edits(self) -> Sequence[Edit]:
+        return (WordEmbeddings(self),)
 
     def edit_embeddings(self, words: Tensor, mask: Tensor) -> Tensor:
         return words + self.offsets(mask)

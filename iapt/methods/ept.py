@@ -21,6 +21,7 @@ reads their products in the next ones. P has a learning rate of its own, as in D
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -31,6 +32,8 @@ from iapt.config.method import SizeKnob, SoftPromptConfig
 from iapt.methods.prompt_tuning import PromptTuning, random_tokens
 from iapt.methods.registry import MethodSpec, register
 from iapt.model.backbone import Backbone
+from iapt.model.edits.base import Edit
+from iapt.model.edits.word_embeddings import WordEmbeddings
 from iapt.nn.norm import unit_rms
 from iapt.nn.offsets import PositionOffsets, offset_parameters
 
@@ -93,8 +96,6 @@ class Projection(nn.Module):
 class Ept(PromptTuning):
     """P (m, d) in float32, the offsets, and the networks that make soft tokens of the two."""
 
-    edits_embeddings = True
-
     def __init__(self, config: EptConfig, start: Tensor) -> None:
         super().__init__(start, "before_instruction")
         width = start.shape[1]
@@ -106,6 +107,9 @@ class Ept(PromptTuning):
     def input_embeddings(self) -> Tensor:
         fused = self.prompt + self.fusion(self.prompt, self.offsets.table())
         return fused + self.projection(fused)
+
+    def edits(self) -> Sequence[Edit]:
+        return (WordEmbeddings(self),)
 
     def edit_embeddings(self, words: Tensor, mask: Tensor) -> Tensor:
         return words + self.offsets(mask)

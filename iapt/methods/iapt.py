@@ -27,6 +27,9 @@ from iapt.config.fields import at_least, choice
 from iapt.config.method import SizeKnob, SoftPromptConfig
 from iapt.methods.registry import MethodSpec, register
 from iapt.model.backbone import Backbone
+from iapt.model.edits.base import Edit
+from iapt.model.edits.keys_values import KeysValues
+from iapt.model.edits.layer_input import LayerInput
 from iapt.model.method import BiLevel, SoftPrompt
 from iapt.nn.norm import cast_and_normalize
 from iapt.nn.pooling import last_tokens, segment_pool, self_attention_pool
@@ -145,15 +148,16 @@ class Iapt(SoftPrompt):
             Rational(config.degrees, config.rational_start) if name == "rational" else FUNCTIONS[name]()
             for name in config.activations(num_layers)
         )
-        self.edits_cache = config.output_start == "gated"
-        if self.edits_cache:
-            self.gates = nn.Parameter(torch.zeros(num_layers))
+        self.gates = nn.Parameter(torch.zeros(num_layers)) if config.output_start == "gated" else None
         self.lr_overrides = {"activations.": config.activation_learning_rate}
         if config.activation_training == "frozen":
             self.activations.requires_grad_(False)
         elif config.activation_training != "joint" and any(True for _ in self.activations.parameters()):
             source = "dev" if config.activation_training == "paper" else "train"
             self.bilevel = BiLevel("activations.", source, config.held_out_share)
+
+    def edits(self) -> Sequence[Edit]:
+        return (LayerInput(self),) if self.gates is None else (LayerInput(self), KeysValues(self))
 
     def forward(self, layer: int, states: Tensor, mask: Tensor, previous: Tensor) -> Tensor:
         generator = self.generators[layer // self.share_every]
@@ -162,6 +166,7 @@ class Iapt(SoftPrompt):
         return generator(states, mask, self.activations[layer])
 
     def keys_values(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        assert self.gates is not None
         return keys, values * self.gates[layer].tanh().to(values.dtype)
 
     def observed(self) -> Sequence[nn.Module]:

@@ -16,6 +16,7 @@ parameters (50M of LLaMA-2 7B), so a is a setting and smaller by default (I).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch.nn.functional as F
@@ -26,6 +27,9 @@ from iapt.config.fields import at_least, choice
 from iapt.config.method import SizeKnob, SoftPromptConfig
 from iapt.methods.registry import MethodSpec, register
 from iapt.model.backbone import Backbone
+from iapt.model.edits.base import Edit
+from iapt.model.edits.layer_input import LayerInput
+from iapt.model.edits.masked_layers import MaskedLayers
 from iapt.model.method import SoftPrompt
 from iapt.nn.norm import cast_and_normalize
 from iapt.nn.pooling import mean_pool
@@ -58,12 +62,14 @@ class IdSpam(SoftPrompt):
         self.position = config.position
         self.layer = config.layer
         self.masked_layers = frozenset(range(config.layer))
-        self.hides = config.layer > 0
         self.normalize_input = config.normalize_input
         inner = config.attention_width or width
         self.queries, self.keys, self.values = (nn.Linear(width, inner, bias=False) for _ in range(3))
         self.down = nn.Linear(inner, config.bottleneck)
         self.up = nn.Linear(config.bottleneck, config.num_soft_tokens * width)
+
+    def edits(self) -> Sequence[Edit]:
+        return (LayerInput(self), MaskedLayers(self)) if self.masked_layers else (LayerInput(self),)
 
     def forward(self, layer: int, states: Tensor, mask: Tensor, previous: Tensor) -> Tensor | None:
         if layer != self.layer:

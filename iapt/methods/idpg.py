@@ -16,6 +16,7 @@ instruction token's state, or the mean over the instruction.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -27,6 +28,8 @@ from iapt.config.fields import at_least, choice
 from iapt.config.method import SizeKnob, SoftPromptConfig
 from iapt.methods.registry import MethodSpec, register
 from iapt.model.backbone import Backbone
+from iapt.model.edits.base import Edit
+from iapt.model.edits.layer_input import LayerInput
 from iapt.model.method import SoftPrompt
 from iapt.nn.norm import cast_and_normalize
 from iapt.nn.phm import PHMLinear, phm_parameters
@@ -98,13 +101,15 @@ class Idpg(SoftPrompt):
         self.config = config
         self.num_soft_tokens = config.num_soft_tokens
         self.position = config.position
-        self.reads = "encoding" if config.layers == "single" else "layers"
         self.generators = nn.ModuleList(
             Generator(config, width) for _ in range(num_layers if config.own_generators else 1)
         )
         # Biases at zero would start every soft token at the generator's output alone, all tokens near each other.
         rows = num_layers if config.own_biases else 1
         self.bias = nn.Parameter(torch.randn(rows, config.num_soft_tokens, width) * 0.02)
+
+    def edits(self) -> Sequence[Edit]:
+        return (LayerInput(self, reads="encoding" if self.config.layers == "single" else "layers"),)
 
     def forward(self, layer: int, states: Tensor, mask: Tensor, previous: Tensor) -> Tensor | None:
         config = self.config

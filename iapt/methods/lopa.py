@@ -10,6 +10,7 @@ instruction, from a pass of its own (I). P enters at the input and its states ru
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,6 +22,8 @@ from iapt.config.method import SizeKnob, SoftPromptConfig
 from iapt.methods.prompt_tuning import random_tokens
 from iapt.methods.registry import MethodSpec, register
 from iapt.model.backbone import Backbone
+from iapt.model.edits.base import Edit
+from iapt.model.edits.layer_input import LayerInput
 from iapt.model.method import SoftPrompt
 
 
@@ -45,8 +48,6 @@ class LopaConfig(SoftPromptConfig):
 class Lopa(SoftPrompt):
     """`task` (s, d), float32, and the heads of U and V."""
 
-    reads = "encoding"
-
     def __init__(self, config: LopaConfig, task: Tensor) -> None:
         super().__init__()
         (self.num_soft_tokens, d), self.position = task.shape, config.position
@@ -58,6 +59,9 @@ class Lopa(SoftPrompt):
             )
             for rows in (self.num_soft_tokens, d)
         )
+
+    def edits(self) -> Sequence[Edit]:
+        return (LayerInput(self, reads="encoding"),)
 
     def forward(self, layer: int, states: Tensor, mask: Tensor, previous: Tensor) -> Tensor | None:
         if layer > 0:

@@ -12,6 +12,7 @@ layer k, so their positions are counted from the start too (I).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -21,6 +22,9 @@ from iapt.config.fields import at_least, choice
 from iapt.config.method import SizeKnob, SoftPromptConfig
 from iapt.methods.registry import MethodSpec, register
 from iapt.model.backbone import Backbone
+from iapt.model.edits.base import Edit
+from iapt.model.edits.layer_input import LayerInput
+from iapt.model.edits.masked_layers import MaskedLayers
 from iapt.model.method import SoftPrompt
 from iapt.nn.norm import cast_and_normalize
 from iapt.nn.pooling import segment_pool
@@ -59,10 +63,12 @@ class Lpt(SoftPrompt):
         self.position = config.position
         self.layer = layer
         self.masked_layers = frozenset(range(layer))
-        self.hides = layer > 0
         self.down = nn.Linear(width, config.bottleneck)
         self.up = nn.Linear(config.bottleneck, width * (config.num_soft_tokens if config.generator == "naive" else 1))
         self.dropout = nn.Dropout(config.dropout)
+
+    def edits(self) -> Sequence[Edit]:
+        return (LayerInput(self), MaskedLayers(self)) if self.masked_layers else (LayerInput(self),)
 
     def forward(self, layer: int, states: Tensor, mask: Tensor, previous: Tensor) -> Tensor | None:
         if layer != self.layer:

@@ -11,6 +11,7 @@ After training only P matters, but the encoder is what is saved: training can go
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +21,7 @@ from iapt.config.fields import at_least, choice
 from iapt.config.method import SizeKnob, SoftPromptConfig
 from iapt.methods.registry import MethodSpec, register
 from iapt.model.backbone import Backbone
+from iapt.model.edits.base import Edit
 from iapt.model.method import SoftPrompt
 
 
@@ -64,8 +66,6 @@ class PTuning(SoftPrompt):
     """`table` (s, d) and `encoder`, both float32; the encoded soft tokens' states run through the layers as
     tokens do."""
 
-    reads = "nothing"
-
     def __init__(self, config: PTuningConfig, d: int, width: int) -> None:
         super().__init__()
         self.num_soft_tokens = config.num_soft_tokens
@@ -82,8 +82,8 @@ class PTuning(SoftPrompt):
     def input_embeddings(self) -> Tensor:
         return self.encoder(self.table)
 
-    def forward(self, layer: int, states: Tensor, mask: Tensor, previous: Tensor) -> None:
-        return None
+    def edits(self) -> Sequence[Edit]:
+        return ()
 
 
 def build(config: PTuningConfig, backbone: Backbone) -> PTuning:

@@ -29,6 +29,8 @@ from iapt.config.method import SizeKnob, SoftPromptConfig
 from iapt.methods.registry import MethodSpec, register
 from iapt.model.architecture import part_of
 from iapt.model.backbone import Backbone
+from iapt.model.edits.base import Edit
+from iapt.model.edits.output_scale import OutputScale
 from iapt.model.method import BiLevel, SoftPrompt
 from iapt.nn.norm import cast_and_normalize
 from iapt.nn.pooling import self_attention_pool
@@ -90,7 +92,6 @@ class Para(SoftPrompt):
 
     num_soft_tokens = 0
     position = "before_instruction"
-    scales = PARTS
 
     def __init__(self, config: ParaConfig, width: int, outputs: Sequence[Sequence[int]]) -> None:
         super().__init__()
@@ -105,14 +106,14 @@ class Para(SoftPrompt):
         elif config.activation_training == "strict" and config.activation == "rational":
             self.bilevel = BiLevel("activations.", share=config.held_out_share)
 
-    def forward(self, layer: int, states: Tensor, mask: Tensor, previous: Tensor) -> None:
-        return None
+    def edits(self) -> Sequence[Edit]:
+        return (OutputScale(self, PARTS),)
 
     def scale(self, layer: int, states: Tensor, mask: Tensor) -> dict[str, Tensor]:
         generator = self.generators[layer]
         assert isinstance(generator, Generator)
         states = cast_and_normalize(states, generator.down, self.normalize_input)
-        return dict(zip(self.scales, generator(states, mask, self.activations[layer]), strict=True))
+        return dict(zip(PARTS, generator(states, mask, self.activations[layer]), strict=True))
 
     def observed(self) -> Sequence[nn.Module]:
         return list(self.activations)

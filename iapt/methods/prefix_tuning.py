@@ -14,6 +14,7 @@ Either way the soft columns stand in the sequence: text positions start at s bef
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -26,6 +27,9 @@ from iapt.methods.registry import MethodSpec, register
 from iapt.model.architecture import arguments_of, check_keys_and_values, is_rewindable
 from iapt.model.backbone import Backbone
 from iapt.model.cache import PassCache
+from iapt.model.edits.base import Edit
+from iapt.model.edits.keys_values import KeysValues
+from iapt.model.edits.layer_input import LayerInput
 from iapt.model.method import SoftPrompt
 
 
@@ -92,13 +96,11 @@ class Projected(nn.Module):
 class PrefixTuning(SoftPrompt):
     """A source of soft tokens, handed to the layers as hidden states or as keys and values."""
 
-    reads = "nothing"
-
     def __init__(self, config: PrefixTuningConfig, num_layers: int, d: int, heads: tuple[int, int] | None) -> None:
         super().__init__()
         self.num_soft_tokens = config.num_soft_tokens
         self.position = config.position
-        self.edits_cache = config.form == "keys_values"
+        self.form = config.form
         self.heads = heads
         outputs = _outputs(d, heads)
         self.source: nn.Module
@@ -108,8 +110,11 @@ class PrefixTuning(SoftPrompt):
             kind = Free if config.reparameterization == "none" else Projected
             self.source = kind(config, num_layers, outputs)
 
-    def forward(self, layer: int, states: Tensor, mask: Tensor, previous: Tensor) -> Tensor | None:
-        return None if self.edits_cache else self.source(layer).expand_as(previous)
+    def edits(self) -> Sequence[Edit]:
+        return (KeysValues(self),) if self.form == "keys_values" else (LayerInput(self, reads="nothing"),)
+
+    def forward(self, layer: int, states: Tensor, mask: Tensor, previous: Tensor) -> Tensor:
+        return self.source(layer).expand_as(previous)
 
     def keys_values(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         assert self.heads is not None

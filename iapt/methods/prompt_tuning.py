@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +13,7 @@ from iapt.config.fields import at_least, choice
 from iapt.config.method import SizeKnob, SoftPromptConfig
 from iapt.methods.registry import MethodSpec, register
 from iapt.model.backbone import Backbone
+from iapt.model.edits.base import Edit
 from iapt.model.method import SoftPrompt
 
 
@@ -39,8 +41,6 @@ class PromptTuningConfig(SoftPromptConfig):
 class PromptTuning(SoftPrompt):
     """P (s, d) in float32, given as input embeddings; its states run through the layers as tokens do."""
 
-    reads = "nothing"
-
     def __init__(self, start: Tensor, position: str) -> None:
         super().__init__()
         self.num_soft_tokens = len(start)
@@ -50,8 +50,8 @@ class PromptTuning(SoftPrompt):
     def input_embeddings(self) -> Tensor:
         return self.prompt
 
-    def forward(self, layer: int, states: Tensor, mask: Tensor, previous: Tensor) -> None:
-        return None
+    def edits(self) -> Sequence[Edit]:
+        return ()
 
 
 def random_tokens(count: int, backbone: Backbone) -> Tensor:

@@ -21,6 +21,7 @@ A checkpoint from before that is never chosen. `count` is of the search; what is
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,6 +33,10 @@ from iapt.config.fields import at_least, choice
 from iapt.config.method import SizeKnob, SoftPromptConfig
 from iapt.methods.registry import MethodSpec, register
 from iapt.model.backbone import Backbone
+from iapt.model.edits.base import Edit
+from iapt.model.edits.keys_values import KeysValues
+from iapt.model.edits.layer_input import LayerInput
+from iapt.model.edits.masked_layers import MaskedLayers
 from iapt.model.method import BiLevel, SoftPrompt
 from iapt.nn.norm import cast_and_normalize
 from iapt.nn.pooling import segment_pool
@@ -109,7 +114,6 @@ class Spt(SoftPrompt):
 
     kept: Tensor
     gates: nn.Parameter | None
-    hides = True
 
     def __init__(self, config: SptConfig, num_layers: int, width: int) -> None:
         super().__init__()
@@ -126,14 +130,17 @@ class Spt(SoftPrompt):
             self.kept[config.layers] = True
             return
         self.gates = nn.Parameter(torch.zeros(num_layers))
-        self.edits_cache = True
         self.lr_overrides = {"gates": config.gate_learning_rate}
         if config.gate_training != "joint":
             source = "dev" if config.gate_training == "paper" else "train"
             self.bilevel = BiLevel("gates", source, config.held_out_share)
 
+    def edits(self) -> Sequence[Edit]:
+        gated = () if self.gates is None else (KeysValues(self),)
+        return (LayerInput(self), *gated, MaskedLayers(self))
+
     @property
-    def masked_layers(self) -> frozenset[int]:  # type: ignore[override]
+    def masked_layers(self) -> frozenset[int]:
         kept = self.kept.tolist()
         return frozenset(layer for layer, stays in enumerate(kept) if not stays) if any(kept) else frozenset()
 

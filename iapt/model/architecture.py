@@ -303,8 +303,9 @@ def _phi3(attention: Any, columns: Tensor) -> dict[str, Tensor]:
 
 
 def _codegen(attention: Any, columns: Tensor) -> dict[str, Tensor]:
-    """Four shares of [queries, values, keys], as it was trained on four devices."""
-    return dict(zip(("query", "value", "key"), columns.view(attention.mp_num, 3, -1).unbind(1), strict=True))
+    """Shares (four) of [queries, values, keys], as it was trained on four devices."""
+    shares = getattr(attention, "mp_num", 4)  # older releases have it as a number in the forward pass alone
+    return dict(zip(("query", "value", "key"), columns.view(shares, 3, -1).unbind(1), strict=True))
 
 
 # Which module computes several parts at once, and in which order its output holds them. A module that is not listed

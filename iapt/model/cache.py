@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 # (layer, keys (B, H_kv, Q, d_h), values (B, H_kv, Q, d_h)) -> both, as they shall be kept.
-Edit = Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor]]
+CacheEdit = Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 class PassCache(DynamicCache):  # type: ignore[misc]
@@ -26,7 +26,7 @@ class PassCache(DynamicCache):  # type: ignore[misc]
         asked: the layers whose keys and values came by in this pass.
     """
 
-    def __init__(self, behind: DynamicCache | None, edit: Edit | None = None, keep: bool = False) -> None:
+    def __init__(self, behind: DynamicCache | None, edit: CacheEdit | None = None, keep: bool = False) -> None:
         super().__init__()
         if behind is not None:
             self.layers = behind.layers  # the list itself: a layer that is added is added to both

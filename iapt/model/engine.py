@@ -18,7 +18,7 @@ In the second layout a generator reads all n states of that first, bare pass; x_
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -32,7 +32,8 @@ from iapt.data.batch import Batch
 from iapt.model.architecture import arguments_of, is_rewindable, takes_ids_at_every_layer
 from iapt.model.backbone import Backbone
 from iapt.model.cache import PassCache
-from iapt.model.hooks import LayerHooks, Plan
+from iapt.model.edits.base import Edit, Plan
+from iapt.model.hooks import LayerHooks, enter
 from iapt.model.method import Method, SoftPrompt
 
 
@@ -44,7 +45,7 @@ class Prefix:
         cache: keys and values of C columns, soft tokens among them.
         mask: (B, C) bool.
         last_ids: (B, 1) int64, the instruction's last token, with which every continuation begins.
-        plan: what the hooks do while it is continued, None for nothing.
+        plan: of the passes that continue it, None where no edit has anything to do there.
     """
 
     cache: DynamicCache
@@ -81,23 +82,24 @@ class Engine:
         self.arguments = arguments_of(backbone.lm)
         self._rewindable = is_rewindable(backbone.lm)
         self.one_pass = not self._rewindable
+        self.edits: Sequence[Edit] = ()
         if isinstance(method, SoftPrompt):
+            self.edits = method.edits()
             self._refuse_unfit(method)
-        self.hooks = LayerHooks(backbone.layers, backbone.embeddings, method, checkpointing)
+        self._reads = {edit.reads for edit in self.edits}
+        self.hooks = LayerHooks(list(backbone.layers), self.edits, type(method).__name__, checkpointing)
 
     def _refuse_unfit(self, method: SoftPrompt) -> None:
         """Raises UserError if the backbone's layers are not of the kind that the method reaches into."""
         name, kind, backbone = type(method).__name__, type(self.lm).__name__, self.backbone
-        if not self._rewindable and (method.edits_cache or method.hides):
-            raise UserError(
-                f"method: {name} reaches into every layer's attention, and {kind} has layers of another kind"
-            )
+        for edit in self.edits:
+            edit.check(backbone, name)
         if takes_ids_at_every_layer(self.lm):
             raise UserError(
                 f"method: {name} puts soft tokens among the text, and {kind} looks every token's id up at every "
                 "layer, which soft tokens do not have; weight-space methods (method=lora) can do without"
             )
-        if method.reads == "encoding" and backbone.output_size != backbone.hidden_size:
+        if any(edit.reads == "encoding" for edit in self.edits) and backbone.output_size != backbone.hidden_size:
             raise UserError(
                 f"method: {name} reads the last hidden states as if they were a layer's, and in {kind} they are "
                 f"{backbone.output_size} wide, a layer's {backbone.hidden_size}"
@@ -119,7 +121,7 @@ class Engine:
                 plan, embeds, mask = self._before(prompt, batch)
                 # The last token has to run, a generator reads its states; every continuation runs it again.
                 if self.one_pass:
-                    plan.written = {}
+                    plan.answers = {}
                     self._run(embeds, mask, plan=plan)
                     self._run(embeds[:, :-1], mask[:, :-1], cache, plan=plan, keep_cache=True)
                 else:
@@ -136,7 +138,7 @@ class Engine:
                     cache.crop(-1)
                 mask = torch.cat([mask, soft.new_ones(soft.shape[:2], dtype=torch.bool)], 1)
                 self._run(embeds, mask, cache, plan=plan, keep_cache=True)
-        return Prefix(cache, mask, batch.instruction_ids[:, -1:], self._plan_of_continuation(prompt, plan, cache))
+        return Prefix(cache, mask, batch.instruction_ids[:, -1:], plan.following(cache) if plan is not None else None)
 
     def response_logits(self, batch: Batch) -> Tensor:
         """(B, R, V): the logits that predict each response token, in one pass with gradient."""
@@ -187,20 +189,15 @@ class Engine:
         seen = torch.cat([prefix.mask, torch.ones_like(prefix.mask[:, :1]), mask[:, :-1]], 1)
         with self.precision():
             embeds = self._embed(inputs, seen[:, prefix.mask.shape[1] :])
-            if prefix.plan is not None and prefix.plan.first is not None:
-                embeds = torch.cat([prefix.plan.first, embeds[:, 1:]], 1)
+            if prefix.plan is not None:
+                embeds = enter(prefix.plan, embeds)
             return self._run(embeds, seen, prefix.cache, keep=ids.shape[1], plan=prefix.plan)
 
     @contextmanager
     def continuing(self, prefix: Prefix) -> Iterator[None]:
         """A context in which others may run the backbone behind the prefix, as `generate` does."""
-        self.hooks.plan = prefix.plan
-        self.hooks.first = prefix.plan.first if prefix.plan is not None else None
-        try:
-            with self.precision():
-                yield
-        finally:
-            self.hooks.plan = self.hooks.first = None
+        with self.hooks.entering(prefix.plan, self.backbone.embeddings), self.precision():
+            yield
 
     def _prompt(self) -> SoftPrompt | None:
         return self.method if self.active and isinstance(self.method, SoftPrompt) else None
@@ -219,44 +216,46 @@ class Engine:
         padding = (~mask).sum(1, keepdim=True)
         slots = padding + torch.arange(soft.shape[1], device=mask.device)
         columns = torch.arange(mask.shape[1], device=mask.device) + soft.shape[1] * mask
+        plan = self._begin(Plan(mask, slots=slots, columns=columns, soft=slots))
         words = self._embed(batch.instruction_ids, mask)
-        if prompt.edits_embeddings:
-            words = prompt.edit_embeddings(words, mask).to(words.dtype)
+        for edit in self.edits:
+            words = edit.embed(plan, words)
         wide = [c[..., None].expand(-1, -1, words.shape[-1]) for c in (columns, slots)]
         both = torch.cat([words, soft], 1)
         embeds = both.scatter(1, torch.cat(wide, 1), both)
-        plan = Plan(mask, slots=slots, columns=columns, soft=slots, hidden=prompt.masked_layers)
-        if prompt.edits_embeddings:
-            plan.first = words[:, -1:]
-        if prompt.reads == "encoding":
-            plan.columns, plan.states = None, self._read(batch, None, prompt.reads)
+        if "encoding" in self._reads:
+            _, plan.encoding = self._read(batch, None)
         return plan, embeds, torch.cat([mask, torch.ones_like(slots, dtype=torch.bool)], 1)
 
     def _plan_after(self, prompt: SoftPrompt, batch: Batch, cache: DynamicCache | None) -> tuple[Plan, Tensor]:
         """Run the bare instruction, filling `cache`; then the soft columns come first in the next pass."""
-        states, soft = self._read(batch, cache, prompt.reads), self._soft_columns(prompt, batch)
+        (states, encoding), soft = self._read(batch, cache), self._soft_columns(prompt, batch)
         slots = torch.arange(soft.shape[1], device=soft.device).expand(len(soft), -1)
         start = batch.instruction_mask.shape[1] - 1
-        hidden = prompt.masked_layers
-        return Plan(batch.instruction_mask, slots=slots, states=states, soft=start + slots, hidden=hidden), soft
+        plan = Plan(batch.instruction_mask, slots=slots, states=states, encoding=encoding, soft=start + slots)
+        return self._begin(plan), soft
 
-    def _plan_of_continuation(self, prompt: SoftPrompt | None, plan: Plan | None, cache: DynamicCache) -> Plan | None:
-        """After the prefix nothing is written. Where soft tokens are hidden they must still not be seen, vectors still
-        scale, and the instruction's last token still enters as the method has edited it."""
-        if prompt is None or plan is None:
-            return None
-        if not (plan.hidden or prompt.scales or prompt.edits_embeddings):
-            return None
-        return Plan(plan.mask, soft=plan.soft, scales=plan.scales, first=plan.first, hidden=plan.hidden, cache=cache)
+    def _begin(self, plan: Plan) -> Plan:
+        for edit in self.edits:
+            edit.begin(plan)
+        return plan
 
     @torch.no_grad()
-    def _read(self, batch: Batch, cache: DynamicCache | None, reads: str) -> list[Tensor]:
-        """The frozen prefix: the instruction through the bare backbone; what a generator will read of it."""
+    def _read(self, batch: Batch, cache: DynamicCache | None) -> tuple[list[Tensor], Tensor]:
+        """The instruction through the bare backbone; what generators will read of it.
+
+        Args:
+            batch: its instructions run.
+            cache: the frozen prefix, which is filled, with every layer's input states in the answer if they are read;
+                None where these will be those of the pass to come.
+
+        Returns:
+            (B, N, d) for every layer, or none, and the last hidden states (B, N, d).
+        """
         record: list[Tensor] = []
-        plan = Plan(batch.instruction_mask, record=record) if reads == "layers" else None
+        plan = Plan(batch.instruction_mask, record=record) if "layers" in self._reads else None
         embeds = self._embed(batch.instruction_ids, batch.instruction_mask)
-        last = self._run(embeds, batch.instruction_mask, cache, plan=plan, keep_cache=True)
-        return record if reads == "layers" else [last] * self.backbone.num_layers
+        return record, self._run(embeds, batch.instruction_mask, cache, plan=plan, keep_cache=True)
 
     def _run(
         self,
@@ -280,7 +279,7 @@ class Engine:
         """
         if keep_cache and self.hooks.recompute and torch.is_grad_enabled():
             raise ValueError("layers that are recomputed in the backward pass would write into the cache twice")
-        edit = self.hooks.edit(plan) if plan is not None else None
+        edit = self.hooks.on_cache(plan) if plan is not None else None
         view: DynamicCache | None = cache
         if edit is not None or (cache is not None and not keep_cache):
             view = PassCache(cache, edit, keep_cache)

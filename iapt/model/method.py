@@ -16,6 +16,8 @@ from transformers import PreTrainedModel
 
 from iapt.data.batch import Batch
 from iapt.model.backbone import Backbone
+from iapt.model.edits.base import Edit
+from iapt.model.edits.layer_input import LayerInput
 
 
 class Passes(Protocol):
@@ -175,31 +177,18 @@ class Method(nn.Module):
 class SoftPrompt(Method):
     """A prompt-space method: which soft tokens does layer l see, given that layer's instruction states?
 
+    `num_soft_tokens`, `position` and `input_embeddings` say what stands in the soft columns when a pass begins. All
+    that happens in the pass itself is the business of `edits`.
+
     Attributes:
         num_soft_tokens: s, the columns the engine reserves.
         position: `before_instruction` ([P, instruction, response]) or `after_instruction`
             ([instruction[:-1], P, instruction[-1], response]).
-        reads: what `forward` is handed as states: `layers`, each layer's input states of the instruction;
-            `encoding`, the bare backbone's last hidden states at every layer (S-IDPG's separate frozen
-            pass); `nothing`, when it never looks at them.
-        hides: whether `masked_layers` may ever hold anything.
-        masked_layers: the decoder layers in which no other token sees the soft columns; asked at the start of every
-            pass over an instruction, so training may change it.
-        edits_cache: whether `keys_values` is asked.
-        edits_embeddings: whether `edit_embeddings` is asked; only with `before_instruction`.
         starts_from: other registered methods whose adapters `init_from` may name.
-        scales: whether `scale` is asked, and for which of `query`, `key`, `value`, `inner` (the feed-forward's inner
-            linear map); only with `before_instruction`.
     """
 
     num_soft_tokens: int
     position: str
-    reads: str = "layers"
-    hides: bool = False
-    masked_layers: frozenset[int] = frozenset()
-    edits_cache: bool = False
-    edits_embeddings: bool = False
-    scales: tuple[str, ...] = ()
     starts_from: tuple[str, ...] = ()
 
     def adopt(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -215,12 +204,21 @@ class SoftPrompt(Method):
         (scaling, position embeddings). None: the columns start as zeros."""
         return None
 
+    def edits(self) -> Sequence[Edit]:
+        """What the method does to a pass, in this order, each kind once at most; asked when a model is built.
+
+        `iapt.model.edits` holds those that there are, and a method may bring one of its own. Without any the soft
+        tokens run through the layers as tokens do.
+        """
+        return (LayerInput(self),)
+
     def forward(self, layer: int, states: Tensor, mask: Tensor, previous: Tensor) -> Tensor | None:
-        """The soft tokens that go into decoder layer `layer`.
+        """The soft tokens that go into decoder layer `layer`: what the edit `LayerInput` asks.
 
         Args:
-            layer: 0-based index of the decoder layer about to run; never one of `masked_layers`.
-            states: (B, N, d) hidden states of the instruction's tokens right before that layer.
+            layer: 0-based index of the decoder layer about to run; never one in which the soft columns are hidden.
+            states: (B, N, d) hidden states of the instruction's tokens, those that the edit reads: right before that
+                layer unless it says otherwise.
             mask: (B, N) bool, False on padding.
             previous: (B, s, d) what stands at the soft positions now: at layer 0 `input_embeddings` or zeros,
                 as the model embeds them; afterwards the output of the layer below.
@@ -229,46 +227,6 @@ class SoftPrompt(Method):
             (B, s, d) in any float dtype, or None to leave `previous` as it is.
         """
         raise NotImplementedError
-
-    def keys_values(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """What layer `layer` keeps of the soft tokens: asked only with `edits_cache`.
-
-        Args:
-            layer: 0-based index of the decoder layer.
-            keys: (B, H_kv, s, d_h) of the soft columns, rotated where the model rotates.
-            values: (B, H_kv, s, d_h).
-
-        Returns:
-            Both, replaced or changed, shapes and dtypes kept.
-        """
-        return keys, values
-
-    def edit_embeddings(self, words: Tensor, mask: Tensor) -> Tensor:
-        """The instruction's token embeddings as the model shall see them: asked only with `edits_embeddings`.
-
-        Args:
-            words: (B, N, d) the frozen table's rows, before the model scales them or adds positions.
-            mask: (B, N) bool, False on padding, which is on the left.
-
-        Returns:
-            (B, N, d) in any float dtype. What it says on padding reaches nothing.
-        """
-        return words
-
-    def scale(self, layer: int, states: Tensor, mask: Tensor) -> dict[str, Tensor]:
-        """Vectors that multiply what linear maps of decoder layer `layer` put out: asked only with `scales`.
-
-        They hold for every column of their row, the instruction's and all that follow it.
-
-        Args:
-            layer: 0-based index of the decoder layer about to run.
-            states: (B, N, d) hidden states of the instruction's tokens right before that layer.
-            mask: (B, N) bool, False on padding.
-
-        Returns:
-            One of `scales` -> (B, width of that map's output) in any float dtype.
-        """
-        return {}
 
 
 class WeightMethod(Method):

@@ -9,11 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from iapt.config.errors import UserError
+from iapt.model.edits.base import Edit, shared
+from iapt.model.edits.rows import Rows, put_rows
 from iapt.model.method import SoftPrompt
-
-_SHARED = (
-    "num_soft_tokens", "position", "reads", "hides", "masked_layers", "edits_cache", "edits_embeddings", "scales",
-)  # fmt: skip
 
 
 class RowMixture(SoftPrompt):
@@ -30,13 +28,9 @@ class RowMixture(SoftPrompt):
     Args:
         adapters: methods built for the same backbone; they may be of different kinds and sizes.
 
-    Attributes:
-        rows: (B,) int64, the adapter of each row of the batches to come; None outside of `serving`.
-
     Raises:
         UserError: no adapter, one that scores choices in its own way (its `label_scores` would run once more for
-            each), or one whose layout (`num_soft_tokens`, `position`, `reads`, `hides`, `masked_layers`, `edits_cache`,
-            `edits_embeddings`, `scales`) is not the first one's.
+            each), one whose `num_soft_tokens` or `position` is not the first one's, and what their edits refuse.
     """
 
     adjusts_scores = True
@@ -45,20 +39,19 @@ class RowMixture(SoftPrompt):
         super().__init__()
         if not adapters:
             raise UserError("adapters = []: a mixture needs one at least")
-        for name in _SHARED:
-            wanted = getattr(adapters[0], name)
-            for index, adapter in enumerate(adapters):
-                if getattr(adapter, name) != wanted:
-                    raise UserError(
-                        f"adapters[{index}].{name} = {getattr(adapter, name)!r}: adapters of one batch share it, "
-                        f"and adapters[0] has {wanted!r}"
-                    )
-            setattr(self, name, wanted)
+        self.num_soft_tokens = shared("num_soft_tokens", [adapter.num_soft_tokens for adapter in adapters])
+        self.position = shared("position", [adapter.position for adapter in adapters])
         for index, adapter in enumerate(adapters):
             if adapter.scores_labels:
                 raise UserError(f"adapters[{index}]: scores choices in its own way, which rows of one batch cannot")
         self.adapters = nn.ModuleList(adapters)
-        self.rows: Tensor | None = None
+        self._rows = Rows()
+        self._edits = _mixed(adapters, self._rows)
+
+    @property
+    def rows(self) -> Tensor | None:
+        """(B,) int64, the adapter of each row of the batches to come; None outside of `serving`."""
+        return self._rows.of
 
     @contextmanager
     def serving(self, rows: Sequence[int]) -> Iterator[None]:
@@ -69,11 +62,11 @@ class RowMixture(SoftPrompt):
         """
         if unknown := sorted(set(rows) - set(range(len(self.adapters)))):
             raise ValueError(f"rows ask for adapters {unknown}: there are {len(self.adapters)}, numbered from 0")
-        before, self.rows = self.rows, torch.tensor(rows, dtype=torch.long)
+        before, self._rows.of = self._rows.of, torch.tensor(rows, dtype=torch.long)
         try:
             yield
         finally:
-            self.rows = before
+            self._rows.of = before
 
     def input_embeddings(self) -> Tensor | None:
         """(B, s, d), zeros for the rows of adapters that give none; None if no adapter gives any."""
@@ -87,59 +80,26 @@ class RowMixture(SoftPrompt):
                 mixed = mixed.index_copy(0, rows.to(mixed.device), embeddings.to(mixed).expand(len(rows), -1, -1))
         return mixed
 
-    def forward(self, layer: int, states: Tensor, mask: Tensor, previous: Tensor) -> Tensor | None:
-        """As `SoftPrompt.forward`. Raises ValueError outside of `serving`, or for a batch of another size."""
-        changed = False
-        mixed = previous
-        for adapter, rows in self._shares(previous):
-            soft = adapter(layer, states[rows], mask[rows], previous[rows])
-            if soft is not None:
-                changed = True
-                # As wide as the widest answer: an adapter's float32 is not cut down by its neighbours' rows.
-                wide = torch.promote_types(mixed.dtype, soft.dtype)
-                mixed = mixed.to(wide).index_copy(0, rows, soft.to(wide))
-        return mixed if changed else None
-
-    def keys_values(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """As `SoftPrompt.keys_values`. Raises ValueError as `forward` does."""
-        new_keys, new_values = keys, values
-        for adapter, rows in self._shares(keys):
-            own_keys, own_values = adapter.keys_values(layer, keys[rows], values[rows])
-            new_keys = new_keys.index_copy(0, rows, own_keys.to(keys.dtype))
-            new_values = new_values.index_copy(0, rows, own_values.to(values.dtype))
-        return new_keys, new_values
-
-    def edit_embeddings(self, words: Tensor, mask: Tensor) -> Tensor:
-        """As `SoftPrompt.edit_embeddings`. Raises ValueError as `forward` does."""
-        edited = words
-        for adapter, rows in self._shares(words):
-            edited = edited.index_copy(0, rows, adapter.edit_embeddings(words[rows], mask[rows]).to(words.dtype))
-        return edited
-
-    def scale(self, layer: int, states: Tensor, mask: Tensor) -> dict[str, Tensor]:
-        """As `SoftPrompt.scale`. Raises ValueError as `forward` does."""
-        shares = [(adapter.scale(layer, states[rows], mask[rows]), rows) for adapter, rows in self._shares(states)]
-        order = torch.cat([rows for _, rows in shares]).argsort()
-        return {part: torch.cat([own[part] for own, _ in shares])[order] for part in self.scales}
+    def edits(self) -> Sequence[Edit]:
+        """Of every kind that an adapter has one; each does to a row what its adapter's does."""
+        return self._edits
 
     def adjust_scores(self, scores: Tensor) -> Tensor:
         """Each row's scores (B, C), as its adapter adjusts them."""
-        adjusted = scores
-        for adapter, rows in self._shares(scores):
-            adjusted = adjusted.index_copy(0, rows, adapter.adjust_scores(scores[rows]).to(scores.dtype))
-        return adjusted
+        return put_rows(scores, ((one.adjust_scores(scores[rows]), rows) for one, rows in self._shares(scores)))
 
     def _shares(self, batch: Tensor | None = None) -> list[tuple[SoftPrompt, Tensor]]:
-        """Every adapter that is asked for, and the indices of its rows, on the batch's device."""
-        if self.rows is None:
-            raise ValueError("which adapter serves which row? Call the model inside `RowMixture.serving`")
-        if batch is not None and len(batch) != len(self.rows):
-            raise ValueError(f"the batch has {len(batch)} rows, `serving` was told of {len(self.rows)}")
-        device = batch.device if batch is not None else None
-        shares = []
-        for index, adapter in enumerate(self.adapters):
-            assert isinstance(adapter, SoftPrompt)
-            rows = (self.rows == index).nonzero().squeeze(1)
-            if len(rows):
-                shares.append((adapter, rows.to(device)))
-        return shares
+        adapters = [adapter for adapter in self.adapters if isinstance(adapter, SoftPrompt)]
+        return self._rows.shares(adapters, batch)
+
+
+def _mixed(adapters: Sequence[SoftPrompt], rows: Rows) -> list[Edit]:
+    """One edit of every kind that an adapter has, in the order in which they first come."""
+    owned: list[dict[type[Edit], Edit]] = []
+    for adapter in adapters:
+        edits = adapter.edits()
+        owned.append({type(edit): edit for edit in edits})
+        if len(owned[-1]) < len(edits):
+            raise ValueError(f"{type(adapter).__name__}.edits: one kind twice, {[type(e).__name__ for e in edits]}")
+    kinds = dict.fromkeys(kind for edits in owned for kind in edits)
+    return [kind.mix([edits.get(kind) for edits in owned], rows) for kind in kinds]

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from iapt.report.bootstrap import LEVEL, Difference, of_medians
+from iapt.report.bootstrap import Difference, corrected, difference, explained, points
 from iapt.report.cells import MUST_AGREE, Board, Cell, row_settings, state
-from iapt.report.runs import Run
-from iapt.report.sheet import BETTER, WORSE, Entry, Sheet, column_name, file_name, percent
+from iapt.report.sheet import BETTER, WORSE, Entry, Sheet, column_name, file_name, mark_of, percent, told
 
 
 def compare_sheets(a: list[Board], b: list[Board], names: Sequence[str], resamples: int) -> list[Sheet]:
-    """A sheet for each backbone that both have: medians of A and B, B - A and its interval.
+    """A sheet for each backbone that both have: means of A and B, B - A and its interval.
 
     Args:
         names: what A and B are called, their folders.
@@ -32,35 +31,43 @@ def _alone(board: Board, where: str) -> Sheet:
 
 
 def _sheet(a: Board, b: Board, names: Sequence[str], resamples: int) -> Sheet:
-    interval = f"{100 * (1 - LEVEL):.0f}% interval"
-    header = ["task", "method", "A", "n", "B", "n", "B - A", interval]
+    header = ["task", "method", "A", "n", "B", "n", "B - A", "95% interval", "p", "p (Holm)"]
     sheet = Sheet(f"compare_{file_name(a.backbone)}", f"A and B on {a.backbone}", header, left=2)
-    reasons: list[str] = []
     both = Board(a.backbone, [], sorted({*a.columns, *b.columns}), {}, [])
-    for column in both.columns:
-        for row in dict.fromkeys([*a.rows, *b.rows]):
-            left, right = a.cells.get((row, column)), b.cells.get((row, column))
-            if left is None and right is None:
-                continue
-            name = column_name(both, column)
-            line = [name, str(row), *_told(left), *_told(right)]
-            test = of_medians(_finished(right), _finished(left), column.metric, resamples)
-            mark, difference, ends = "", "", ""
-            if left and right and left.median is not None and right.median is not None:
-                difference = f"{100 * (right.median - left.median):+.1f}"
-                if isinstance(test, Difference):
-                    ends = f"{100 * test.low:+.1f} to {100 * test.high:+.1f}"
-                    mark = BETTER if test.low > 0 else WORSE if test.high < 0 else ""
-                else:
-                    ends = "none"
-                    reasons.append(f"no interval for {row}, {name}: {test}")
-                reasons += [f"{row}, {name}: {text}" for text in _unlike(left, right)]
-            reasons += [f"{row}, {name}: {r}" for cell in (left, right) if cell for r in cell.reasons]
-            sheet.lines.append([*map(Entry, line), Entry(difference, mark=mark), Entry(ends)])
+    pairs = {
+        (row, column): (a.cells.get((row, column)), b.cells.get((row, column)))
+        for column in both.columns
+        for row in dict.fromkeys([*a.rows, *b.rows])
+        if (row, column) in a.cells or (row, column) in b.cells
+    }
+    tests = corrected(
+        {
+            (row, column): difference(right.finished, left.finished, column.metric, resamples)
+            for (row, column), (left, right) in pairs.items()
+            if left and right and left.values and right.values
+        }
+    )
+    reasons: list[str] = []
+    for (row, column), (left, right) in pairs.items():
+        name, test = column_name(both, column), tests.get((row, column))
+        line = [Entry(text) for text in (name, str(row), *_told(left), *_told(right))]
+        if left and right and isinstance(test, Difference):
+            value, *rest = told(test)
+            line += [Entry(value, mark=mark_of(test)), *map(Entry, rest)]
+        elif left and right and test:
+            assert left.mean is not None
+            assert right.mean is not None
+            line += map(Entry, (points(right.mean - left.mean), "none", "", ""))
+            reasons.append(f"no interval for {row}, {name}: {test}")
+        else:
+            line += [Entry("")] * 4
+        if left and right and test:
+            reasons += [f"{row}, {name}: {text}" for text in _unlike(left, right)]
+        reasons += [f"{row}, {name}: {r}" for cell in (left, right) if cell for r in cell.reasons]
+        sheet.lines.append(line)
     sheet.notes = [
-        f"A is {names[0]}, B is {names[1]}; medians over n seeds of the test value, in percent; difference in points",
-        f"intervals: bootstrap percentiles of the difference of medians, drawing test examples (the same for A and B) "
-        f"and seeds; {BETTER} / {WORSE}: all of the interval is above / below 0",
+        f"A is {names[0]}, B is {names[1]}; means over n seeds of the test value, in percent; difference in points",
+        f"{BETTER} / {WORSE}: {explained('that of A')}",
         *dict.fromkeys([*reasons, *a.notes, *b.notes]),
     ]
     return sheet
@@ -69,11 +76,7 @@ def _sheet(a: Board, b: Board, names: Sequence[str], resamples: int) -> Sheet:
 def _told(cell: Cell | None) -> tuple[str, str]:
     if cell is None or not cell.values:
         return state(cell), "0"
-    return percent(cell.median), str(len(cell.values))
-
-
-def _finished(cell: Cell | None) -> list[Run]:
-    return cell.finished if cell else []
+    return percent(cell.mean), str(len(cell.values))
 
 
 def _unlike(a: Cell, b: Cell) -> Iterable[str]:

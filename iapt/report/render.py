@@ -93,7 +93,7 @@ def cells_csv(boards: Sequence[Board], tests: Mapping[str, Tests]) -> str:
     file = io.StringIO()
     columns = (
         "backbone", "method", "row", "task", "metric", "status", "n", "median", "mean", "std", "min", "max",
-        "difference", "low", "high", "p", "reasons", "folders",
+        "difference", "low", "high", "p", "p_holm", "reasons", "folders",
     )  # fmt: skip
     writer = csv.writer(file, lineterminator="\n")
     writer.writerow(columns)
@@ -103,7 +103,9 @@ def cells_csv(boards: Sequence[Board], tests: Mapping[str, Tests]) -> str:
                 cell = board.cells.get((row, column)) or Cell(column.metric, [])
                 values = cell.values
                 test = tests.get(board.backbone, {}).get((row, column))
-                found = (test.value, test.low, test.high, test.p) if isinstance(test, Difference) else ("",) * 4
+                found: tuple[object, ...] = ("",) * 5
+                if isinstance(test, Difference):
+                    found = (test.value, test.low, test.high, test.p, "" if test.adjusted is None else test.adjusted)
                 writer.writerow([
                     board.backbone, row.method, str(row), column.task, column.metric, "ok" if values else state(cell),
                     len(values), cell.median, cell.mean, cell.std, min(values, default=""), max(values, default=""),

@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from iapt.report.bootstrap import LEVEL, Difference, paired
+from iapt.report.bootstrap import Difference, Tested, corrected, difference, explained, interval, points
 from iapt.report.cells import Board, Cell, Column, Row, state
 
 LOWER_IS_BETTER = ("ece",)
@@ -41,18 +41,53 @@ class Sheet:
     left: int = 1
 
 
-Tests = dict[tuple[Row, Column], Difference | str]
+Tests = dict[tuple[Row, Column], Tested]
 
 
 def against(board: Board, baseline: Row, resamples: int) -> Tests:
-    """Every other row's difference from the baseline's, column by column."""
+    """Every other row's difference from the baseline's, column by column, corrected over all of them."""
     found: Tests = {}
     for (row, column), cell in board.cells.items():
         reference = board.cells.get((baseline, column))
         if row != baseline and cell.values:
             runs = reference.finished if reference else []
-            found[row, column] = paired(cell.finished, runs, column.metric, resamples)
-    return found
+            found[row, column] = difference(cell.finished, runs, column.metric, resamples)
+    return corrected(found)
+
+
+def differences_sheet(board: Board, baseline: Row, tests: Tests) -> Sheet:
+    """What `against` found, a line for each test."""
+    sheet = Sheet(
+        f"differences_{file_name(board.backbone)}",
+        f"Differences from {baseline} on {board.backbone}",
+        ["method", "task", "n", "difference", "95% interval", "p", "p (Holm)"],
+        left=2,
+    )
+    for (row, column), test in tests.items():
+        if isinstance(test, Difference):
+            line = [str(row), column_name(board, column), str(test.seeds), *told(test)]
+            mark = mark_of(test)
+            sheet.lines.append([Entry(text, mark=mark if number == 3 else "") for number, text in enumerate(line)])
+    sheet.notes = [f"in points; n: seeds of the smaller group; {BETTER} / {WORSE}: {explained(f'that of {baseline}')}"]
+    return sheet
+
+
+def told(test: Difference) -> list[str]:
+    """The difference, its interval, p and the corrected p."""
+    return [points(test.value), interval(test), _probability(test.p), _probability(test.adjusted)]
+
+
+def mark_of(test: Tested | None) -> str:
+    """`BETTER`, `WORSE`, or nothing."""
+    if not isinstance(test, Difference) or not test.significant:
+        return ""
+    return BETTER if test.value > 0 else WORSE
+
+
+def _probability(p: float | None) -> str:
+    if p is None:
+        return "–"
+    return "< 0.001" if p < 0.001 else f"{p:.3f}"
 
 
 def main_sheet(board: Board, shown: Sequence[str], baseline: Row | None = None, tests: Tests | None = None) -> Sheet:
@@ -134,7 +169,7 @@ class _Footnotes:
 
 
 def _entry(
-    cell: Cell | None, shown: Sequence[str], best: float | None, test: Difference | str | None, footnotes: _Footnotes,
+    cell: Cell | None, shown: Sequence[str], best: float | None, test: Tested | None, footnotes: _Footnotes,
     with_count: bool,
 ) -> Entry:  # fmt: skip
     word = footnotes.add("; ".join(cell.reasons)) if cell and cell.reasons else ""
@@ -145,10 +180,7 @@ def _entry(
     rest = [*shown[1:], *(["n"] if with_count and "n" not in shown else [])]
     if rest:
         parts.append("(" + ", ".join(f"{name} {texts[name] or '–'}" for name in rest) + ")")
-    mark = ""
-    if isinstance(test, Difference) and test.significant:
-        mark = BETTER if test.value > 0 else WORSE
-    return Entry(" ".join([*parts, word]).strip(), cell.median == best, mark)
+    return Entry(" ".join([*parts, word]).strip(), cell.median == best, mark_of(test))
 
 
 def _best(board: Board, column: Column) -> float | None:
@@ -191,8 +223,5 @@ def _caption(board: Board, counts: set[int], baseline: Row | None) -> str:
     parts.append(f"commit {' / '.join(sorted({str(run.summary.get('git')) for run in runs}))}")
     parts.append(f"computed on {' / '.join(sorted({str(run.summary.get('device')) for run in runs}))}")
     if baseline:
-        parts.append(
-            f"{BETTER} / {WORSE}: mean over seeds above / below that of {baseline}, paired bootstrap over examples, "
-            f"seeds pooled, p < {LEVEL} two-sided, not corrected for the number of tests"
-        )
+        parts.append(f"{BETTER} / {WORSE}: {explained(f'that of {baseline}')}")
     return "; ".join(parts)

@@ -22,6 +22,11 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from iapt.model.adapted import AdaptedModel
 from iapt.model.architecture import CACHE_NAMES, part_of
+from iapt.model.edits.keys_values import KeysValues
+from iapt.model.edits.layer_input import LayerInput
+from iapt.model.edits.masked_layers import MaskedLayers
+from iapt.model.edits.output_scale import OutputScale
+from iapt.model.edits.word_embeddings import WordEmbeddings
 from iapt.model.method import SoftPrompt
 
 Edit = Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -116,7 +121,9 @@ class Reference:
         mask = torch.ones(1, n, dtype=torch.bool)
         given = method.input_embeddings()
         soft = torch.zeros(1, s, words.shape[-1]) if given is None else given[None]
-        if method.edits_embeddings:
+        edits: dict[type, Any] = {type(edit): edit for edit in method.edits()}
+        masked_layers = method.masked_layers if MaskedLayers in edits else frozenset()
+        if WordEmbeddings in edits:
             words = torch.cat([method.edit_embeddings(words[:, :n], mask), words[:, n:]], 1)
         embeds = torch.cat([words[:, :start], soft, words[:, start:]], 1)
         states = self._bare_states(ids[:, :n], before)
@@ -124,12 +131,12 @@ class Reference:
 
         def write(layer: int, hidden: Tensor) -> Tensor:
             read = hidden[:, columns] if states is None else states[layer]
-            if layer not in method.masked_layers:
+            if LayerInput in edits and layer not in masked_layers:
                 answer = method(layer, read, mask, hidden[:, slots])
                 if answer is not None:
                     hidden = hidden.clone()
                     hidden[:, slots] = answer.to(hidden.dtype)
-            if method.scales:
+            if OutputScale in edits:
                 scales.update({(layer, part): scale for part, scale in method.scale(layer, read, mask).items()})
             return hidden
 
@@ -140,15 +147,16 @@ class Reference:
             )
             return keys, values
 
-        if method.masked_layers:
+        if masked_layers:
             return self._hiding(embeds, slots, write, before)
-        with self._layer_hooks(write), self._part_hooks(method.scales, scales):
-            return self._editing(embeds, edit) if method.edits_cache else self._pass(inputs_embeds=embeds)
+        parts = edits[OutputScale].parts if OutputScale in edits else ()
+        with self._layer_hooks(write), self._part_hooks(parts, scales):
+            return self._editing(embeds, edit) if KeysValues in edits else self._pass(inputs_embeds=embeds)
 
     def _bare_states(self, ids: Tensor, before: bool) -> list[Tensor] | None:
         """The instruction's states at every layer of a bare pass, None where they are those of the running pass."""
         assert isinstance(self.method, SoftPrompt)
-        if self.method.reads == "encoding":
+        if any(edit.reads == "encoding" for edit in self.method.edits()):
             return [self._decoder()(input_ids=ids, use_cache=False)[0]] * len(self.layers)
         if before:
             return None

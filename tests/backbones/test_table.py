@@ -28,7 +28,8 @@ from tests.backbones.variants import VARIANTS
 from tests.backbones.verify import verify
 
 TABLE = json.loads(VERIFIED.read_text(encoding="utf-8"))
-BUILT = sorted(TABLE["families"])
+# Other releases in the range may lack a family of the one that the table was measured on.
+BUILT = sorted(name for name in TABLE["families"] if zoo.is_known(name))
 
 
 @pytest.mark.parametrize("name", BUILT)

@@ -141,6 +141,11 @@ def model_type(name: str) -> str:
     return str(SETTINGS.get(name, {}).get("_type", name))
 
 
+def is_known(name: str) -> bool:
+    """Whether the installed release of transformers has the architecture."""
+    return model_type(name) in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+
 def small_config(name: str) -> Any:
     """A config of `name`, one of `names()`, as small as it gets."""
     kind = model_type(name)
@@ -194,7 +199,10 @@ def tokenizer() -> PreTrainedTokenizerFast:
 def build_lm(name: str, seed: int = 7, **options: Any) -> PreTrainedModel:
     """A random frozen LM in eval mode, the same on every call with the same seed."""
     torch.manual_seed(seed)
-    lm = AutoModelForCausalLM.from_config(small_config(name), dtype=torch.float32, **options)
+    config = small_config(name)
+    if getattr(config.get_text_config(), "attn_logit_softcapping", None):
+        options.setdefault("attn_implementation", "eager")  # in some releases sdpa leaves the soft cap out
+    lm = AutoModelForCausalLM.from_config(config, dtype=torch.float32, **options)
     return lm.eval().requires_grad_(False)
 
 

@@ -1,7 +1,8 @@
-"""`SoftPrompt.edits_embeddings`: what a method makes of the instruction's embeddings is what the backbone reads."""
+"""The edit `WordEmbeddings`: what a method makes of the instruction's embeddings is what the backbone reads."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -10,6 +11,8 @@ from torch import Tensor, nn
 from transformers.generation.streamers import BaseStreamer
 
 from iapt.model.adapted import AdaptedModel
+from iapt.model.edits.base import Edit
+from iapt.model.edits.word_embeddings import WordEmbeddings
 from iapt.model.method import SoftPrompt
 from iapt.model.mixture import RowMixture
 from tests.contracts.conftest import SHAPES, Case, batch, build_backbone, build_model, examples
@@ -21,7 +24,7 @@ OF_THREE = {"num_soft_tokens": 3}
 class Shift(SoftPrompt):
     """Two soft tokens, and vectors added to the instruction's first and last token, padding scribbled over."""
 
-    num_soft_tokens, position, reads, edits_embeddings = 2, "before_instruction", "nothing", True
+    num_soft_tokens, position = 2, "before_instruction"
 
     def __init__(self, first: float, last: float) -> None:
         super().__init__()
@@ -34,8 +37,8 @@ class Shift(SoftPrompt):
     def input_embeddings(self) -> Tensor:
         return self.prompt
 
-    def forward(self, layer: int, states: Tensor, mask: Tensor, previous: Tensor) -> None:
-        return None
+    def edits(self) -> Sequence[Edit]:
+        return (WordEmbeddings(self),)
 
     def edit_embeddings(self, words: Tensor, mask: Tensor) -> Tensor:
         begins = mask & (mask.cumsum(1) == 1)

@@ -16,6 +16,8 @@ from iapt.evaluation.activations import observe, write_activations
 from iapt.methods.iapt import Iapt, IaptConfig
 from iapt.methods.registry import METHODS
 from iapt.model.adapted import AdaptedModel
+from iapt.model.edits.keys_values import KeysValues
+from iapt.model.edits.layer_input import LayerInput
 from iapt.model.method import BiLevel
 from iapt.nn.rational import Rational
 from iapt.runs import stages
@@ -96,7 +98,7 @@ def test_pooling(pooling: str):
 def test_gates_start_shut_on_the_value_side_only():
     method = make(output_start="gated")
     keys, values = torch.randn(2, 2, 4, 8), torch.randn(2, 2, 4, 8).bfloat16()
-    assert method.edits_cache
+    assert [type(edit) for edit in method.edits()] == [LayerInput, KeysValues]
     got_keys, got_values = method.keys_values(1, keys, values)
     assert torch.equal(got_keys, keys)
     assert not got_values.any()
@@ -106,7 +108,7 @@ def test_gates_start_shut_on_the_value_side_only():
     assert opened.dtype == torch.bfloat16
     torch.testing.assert_close(opened, values * torch.tanh(torch.tensor(0.5)).bfloat16())
     assert not method.keys_values(2, keys, values)[1].any()
-    assert not make().edits_cache
+    assert [type(edit) for edit in make().edits()] == [LayerInput]
 
 
 def test_shut_gates_are_no_no_op():

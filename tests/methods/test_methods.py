@@ -100,7 +100,7 @@ def test_a_method_can_come_from_outside():
     class Constant(SoftPrompt):
         def __init__(self, width: int) -> None:
             super().__init__()
-            self.num_soft_tokens, self.position, self.reads = 2, "before_instruction", "nothing"
+            self.num_soft_tokens, self.position = 2, "before_instruction"
             self.value = torch.nn.Parameter(torch.ones(2, width))
 
         def forward(self, layer, states, mask, previous):

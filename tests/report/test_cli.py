@@ -40,7 +40,9 @@ def test_the_files_of_a_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
     assert "not drawn: Test value by number of soft tokens" in err
     assert digest(sweep) == before
     names = {str(p.relative_to(tmp_path / "report")) for p in (tmp_path / "report").rglob("*") if p.is_file()}
-    tables = {f"{name}_tiny.{suffix}" for name in ("table", "reference") for suffix in ("md", "tex", "csv")}
+    tables = {
+        f"{name}_tiny.{suffix}" for name in ("table", "reference", "differences") for suffix in ("md", "tex", "csv")
+    }
     pictures = {f"plots/{name}_tiny.png" for name in ("learning_curves", "parameters", "cost")}
     learned = {f"plots/activations_iapt_toy-{task}_tiny.png" for task in ("entailment", "sentiment")}
     assert names == tables | pictures | learned | {"cells.csv", "report.html", "manifest.json"}
@@ -158,15 +160,15 @@ def test_two_sweeps_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     out = tmp_path / "out"
     report.run(["--compare", str(a), str(tmp_path / "b"), "--out", str(out)])
     rows = list(csv.reader((out / "compare_tiny.csv").open()))
-    assert rows[0] == ["task", "method", "A", "n", "B", "n", "B - A", "95% interval"]
+    assert rows[0] == ["task", "method", "A", "n", "B", "n", "B - A", "95% interval", "p", "p (Holm)"]
     by_cell = {(row[0], row[1]): row[2:] for row in rows[1:]}
     lora = by_cell["toy/entailment", "lora"]
-    assert lora[:5] == ["60.0", "3", "85.0", "3", "+25.0 +"]
+    assert lora[:5] == ["58.3", "3", "85.0", "3", "+26.7 +"]
     low, high = (float(end) for end in lora[5].split(" to "))
-    assert 0 < low < 25 < high
-    assert by_cell["toy/entailment", "iapt"][4] == "+0.0"
-    assert by_cell["toy/entailment", "idpg"] == ["not run", "0", "95.0", "3", "", ""]
-    assert by_cell["toy/sentiment", "lora"] == ["70.0", "3", "not run", "0", "", ""]
+    assert 0 < low < 26.7 < high
+    assert by_cell["toy/entailment", "iapt"][4] == "+1.7"
+    assert by_cell["toy/entailment", "idpg"] == ["not run", "0", "95.0", "3", "", "", "", ""]
+    assert by_cell["toy/sentiment", "lora"] == ["70.0", "3", "not run", "0", "", "", "", ""]
     text = capsys.readouterr().out.replace("\n", " ")
     assert "lora, toy/entailment: trainer.max_steps = 20 in A, 99 in B" in " ".join(text.split())
     assert "iapt, toy/entailment: template_hash e26fe17dfdb90362 in A, other in B" in " ".join(text.split())
