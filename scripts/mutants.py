@@ -164,8 +164,8 @@ MUTANTS = [
     Mutant(
         "13 rows are served by another adapter",
         "iapt/model/edits/rows.py",
-        "(self.of == index)",
-        "(self.of != index)",
+        "(served == index)",
+        "(served != index)",
         "test_13 and iapt-before_instruction-8-llama",
     ),
     Mutant(

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from iapt.config.errors import UserError
-from iapt.model.edits.base import Edit, shared
+from iapt.model.edits.base import Edit, Plan, shared
 from iapt.model.edits.rows import Rows, put_rows
 from iapt.model.method import SoftPrompt
 
@@ -102,4 +102,14 @@ def _mixed(adapters: Sequence[SoftPrompt], rows: Rows) -> list[Edit]:
         if len(owned[-1]) < len(edits):
             raise ValueError(f"{type(adapter).__name__}.edits: one kind twice, {[type(e).__name__ for e in edits]}")
     kinds = dict.fromkeys(kind for edits in owned for kind in edits)
-    return [kind.mix([edits.get(kind) for edits in owned], rows) for kind in kinds]
+    return [_Served(rows), *(kind.mix([edits.get(kind) for edits in owned], rows) for kind in kinds)]
+
+
+class _Served(Edit):
+    """Looks at a batch's number of rows before anything runs: adapters without edits of their own never see it."""
+
+    def __init__(self, rows: Rows) -> None:
+        self._rows = rows
+
+    def begin(self, plan: Plan) -> None:
+        self._rows.check(plan.mask)

@@ -85,7 +85,7 @@ def soft_tokens(method, index: int, states: Tensor) -> Tensor:
 
 
 def gate(method, index: int) -> float:
-    return math.tanh(method.gates[index]) if hasattr(method, "gates") else 1.0
+    return math.tanh(method.gates[index]) if method.gates is not None else 1.0
 
 
 def reference_loss(model: AdaptedModel, instruction: tuple[int, ...], response: tuple[int, ...]) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -77,6 +79,41 @@ def test_what_does_not_fit_is_refused_with_a_word():
     with pytest.raises(ValueError, match=r"adapters \[1\]: there are 1"), mixture.serving([0, 1]):
         pass
     for rows, error in (([0, 0], RuntimeError), ([0], ValueError)):
-        with pytest.raises(error), mixture.serving(rows):
-            mixed.score(batch(examples(5)))
+        for verb in (mixed.score, mixed.loss, mixed.generate):
+            with pytest.raises(error), mixture.serving(rows):
+                verb(batch(examples(5)))
     assert mixture.rows is None
+
+
+def test_edits_that_do_not_fit_are_refused_with_a_word():
+    def mixture(*cases: Case) -> RowMixture:
+        return RowMixture([build_model(case, "llama").method for case in cases])
+
+    low, high = (Case("lpt", {"num_soft_tokens": 4, "layer": layer}) for layer in (1, 2))
+    with pytest.raises(UserError, match=r"adapters\[1\].masked_layers = frozenset\({0, 1}\): adapters of one batch"):
+        mixture(low, high)
+    with pytest.raises(UserError, match=r"adapters\[1\].masked_layers = frozenset\(\{0\}\): .* has frozenset\(\)"):
+        mixture(PROMPT, low)
+    idpg = [Case("idpg", {"num_soft_tokens": 4, "phm_n": 4, "layers": layers}) for layers in ("multi", "single")]
+    with pytest.raises(UserError, match=r"adapters\[2\].reads = 'encoding': .* adapters\[1\] has 'layers'"):
+        mixture(PROMPT, *idpg)
+
+
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        ("prefix_tuning", {"form": "keys_values", "reparameterization": "none"}),
+        ("prefix_tuning", {"form": "states", "reparameterization": "none"}),
+        ("iapt", {"bottleneck": 8, "position": "before_instruction", "output_start": "gated"}),
+        ("dept", {"rank": 2}),
+    ],
+)
+def test_rows_whose_adapter_lacks_an_edit_are_left_alone(method: str, options: dict[str, Any]):
+    alone = [build_model(case, "llama") for case in (PROMPT, Case(method, {"num_soft_tokens": 4, **options}))]
+    mixed, made = AdaptedModel(build_backbone("llama"), RowMixture([m.method for m in alone])), batch(examples(5))
+    with mixed.method.serving(ROWS):
+        scores, tokens = mixed.score(made), mixed.generate(made, max_new_tokens=4, min_new_tokens=4, num_beams=2)
+    for row, adapter in enumerate(ROWS):
+        expected = alone[adapter].generate(made, max_new_tokens=4, min_new_tokens=4, num_beams=2)
+        torch.testing.assert_close(scores[row], alone[adapter].score(made)[row], **TOLERANCE)
+        assert torch.equal(tokens[row], expected[row])

@@ -182,14 +182,19 @@ def check_attention_everywhere(backbone: Backbone, name: str) -> None:
 
 
 def shared(name: str, values: Sequence[Any]) -> Any:
-    """The one value that all adapters of a mixture have. Raises UserError naming the first that has another."""
+    """The one value that all adapters of a mixture have, those aside that have None.
+
+    Raises:
+        UserError: naming the first that has another.
+    """
+    first = next(index for index, value in enumerate(values) if value is not None)
     for index, value in enumerate(values):
-        if value != values[0]:
+        if value is not None and value != values[first]:
             raise UserError(
-                f"adapters[{index}].{name} = {value!r}: adapters of one batch share it, and adapters[0] has "
-                f"{values[0]!r}"
+                f"adapters[{index}].{name} = {value!r}: adapters of one batch share it, and adapters[{first}] has "
+                f"{values[first]!r}"
             )
-    return values[0]
+    return values[first]
 
 
 def take(whole: Tensor, columns: Tensor) -> Tensor:

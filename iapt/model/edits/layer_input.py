@@ -36,7 +36,6 @@ class LayerInput(Edit):
 
     @classmethod
     def mix(cls, edits: Sequence[Edit | None], rows: Rows) -> LayerInput:
-        own = [edit for edit in edits if isinstance(edit, LayerInput)]
         methods = [edit.method if isinstance(edit, LayerInput) else None for edit in edits]
 
         def answer(layer: int, states: Tensor, mask: Tensor, previous: Tensor) -> Tensor | None:
@@ -46,4 +45,4 @@ class LayerInput(Edit):
             given = [(soft, of) for soft, of in asked if soft is not None]
             return put_rows_widely(previous, given) if given else None
 
-        return cls(answer, shared("reads", [edit.reads for edit in own]))
+        return cls(answer, shared("reads", [edit and edit.reads for edit in edits]))

@@ -84,10 +84,9 @@ class OutputScale(Edit):
 
     @classmethod
     def mix(cls, edits: Sequence[Edit | None], rows: Rows) -> OutputScale:
-        own = [edit for edit in edits if isinstance(edit, OutputScale)]
-        parts = shared("parts", [edit.parts for edit in own])
+        parts = shared("parts", [edit.parts if isinstance(edit, OutputScale) else None for edit in edits])
         methods = [edit.method if isinstance(edit, OutputScale) else None for edit in edits]
-        return cls(_Mixed(methods, parts, rows), parts, shared("reads", [edit.reads for edit in own]))
+        return cls(_Mixed(methods, parts, rows), parts, shared("reads", [edit and edit.reads for edit in edits]))
 
 
 @dataclass

@@ -31,17 +31,25 @@ class Rows:
         Raises:
             ValueError: if nothing is served, or the batch has another number of rows.
         """
+        served = self._served(batch)
+        device = batch.device if batch is not None else None
+        found = []
+        for index, thing in enumerate(owned):
+            rows = (served == index).nonzero().squeeze(1)
+            if thing is not None and len(rows):
+                found.append((thing, rows.to(device)))
+        return found
+
+    def check(self, batch: Tensor) -> None:
+        """Raises ValueError as `shares` does."""
+        self._served(batch)
+
+    def _served(self, batch: Tensor | None) -> Tensor:
         if self.of is None:
             raise ValueError("which adapter serves which row? Call the model inside `RowMixture.serving`")
         if batch is not None and len(batch) != len(self.of):
             raise ValueError(f"the batch has {len(batch)} rows, `serving` was told of {len(self.of)}")
-        device = batch.device if batch is not None else None
-        found = []
-        for index, thing in enumerate(owned):
-            rows = (self.of == index).nonzero().squeeze(1)
-            if thing is not None and len(rows):
-                found.append((thing, rows.to(device)))
-        return found
+        return self.of
 
 
 def put_rows(whole: Tensor, parts: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
