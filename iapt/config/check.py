@@ -22,6 +22,9 @@ from iapt.config.paths import CONFIG_DIR
 from iapt.config.quoting import chosen_word, only_texts
 from iapt.config.schema import BUDGET, BUDGET_FORM, Config
 
+# All is resolved when types are checked, and OmegaConf takes anything with ${ in it for any type.
+_NO_INTERPOLATION = "$\ue000{"
+
 
 def load_config(
     composed: DictConfig | dict[str, Any], methods: Mapping[str, type[MethodConfig]], schema: type[Any] = Config
@@ -137,6 +140,8 @@ def contradictions(config: Config) -> list[str]:
     found += config.task.problems()
     if trainer.learning_rate is not None and trainer.learning_rate <= 0:
         found.append(f"trainer.learning_rate = {trainer.learning_rate}: must be above 0")
+    if not 0 <= config.seed < 2**32:
+        found.append(f"seed = {config.seed}: allowed are 0 to {2**32 - 1}")
     if trainer.warmup_ratio > 1:
         found.append(f"trainer.warmup_ratio = {trainer.warmup_ratio}: a share of all steps, 0 to 1")
     if config.budget is not None and not BUDGET.fullmatch(config.budget.strip()):
@@ -214,8 +219,8 @@ def _build(
             continue
         try:
             typed = OmegaConf.structured(dataclasses.make_dataclass("One", [(f.name, hints[f.name])]))
-            typed[f.name] = value
-            value = OmegaConf.to_container(typed)[f.name]  # type: ignore[index,call-overload]
+            typed[f.name] = _texts(value, "${", _NO_INTERPOLATION)
+            value = _texts(OmegaConf.to_container(typed)[f.name], _NO_INTERPOLATION, "${")  # type: ignore[index,call-overload]
         except OmegaConfBaseException:
             problems.append(f"{where}: {allowed or f'expected {_type_name(hints[f.name])}'}")
             continue
@@ -225,6 +230,15 @@ def _build(
             problems.append(f"{where}: must be at least {minimum}")
         fitted[f.name] = value
     return schema(**fitted)
+
+
+def _texts(value: Any, old: str, new: str) -> Any:
+    """`value` with `old` replaced in every text of it."""
+    if isinstance(value, str):
+        return value.replace(old, new)
+    if isinstance(value, dict):
+        return {_texts(key, old, new): _texts(item, old, new) for key, item in value.items()}
+    return [_texts(item, old, new) for item in value] if isinstance(value, list) else value
 
 
 def _type_name(hint: Any) -> str:

@@ -36,7 +36,7 @@ _NO_ATTRIBUTES = "{{{}}}: a template reads columns, no attributes; what a column
 
 
 class _Formatter(string.Formatter):
-    """`str.format` over rows that may come from a stranger, by templates that may: no attributes, no endless padding."""
+    """`str.format` over rows that may come from a stranger, by templates that may: no attributes, little padding."""
 
     def get_field(self, field_name: str, args: Any, kwargs: Any) -> Any:
         if _reads_attribute(field_name):
