@@ -12,6 +12,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from iapt.config.visible import visible
+
 Summary = Mapping[str, Any]
 
 
@@ -50,7 +52,7 @@ def summary_table(summaries: Sequence[Summary]) -> Table:
         names = [str(s.get(key) or "") for key in ("task", "method", *extra, "metric")]
         scores = [_score(s.get(key)) for key in ("zero_shot", "dev", "test")]
         count = s.get("trainable_params")
-        table.add_row(
+        row = [
             *names,
             *scores,
             f"{count:,}" if count is not None else "",
@@ -58,7 +60,8 @@ def summary_table(summaries: Sequence[Summary]) -> Table:
             _status(s),
             *([str(s.get("note") or "")] if noted else []),
             _short(s.get("folder")),
-        )
+        ]
+        table.add_row(*map(visible, row))
     return table
 
 

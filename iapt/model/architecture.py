@@ -139,10 +139,12 @@ def decoder_layers(lm: PreTrainedModel) -> nn.ModuleList:
     # A wrapper around several models answers with the language model; an LM without the method, with itself.
     for module in (decoder if isinstance(decoder, nn.Module) else lm).modules():
         if isinstance(module, nn.ModuleList) and len(module) == config.num_hidden_layers:
-            if hasattr(module[0], "out_lin"):  # XLM keeps lists of sublayers instead
+            if not module or hasattr(module[0], "out_lin"):  # XLM keeps lists of sublayers instead
                 break
             return module
-    raise UserError(f"backbone: found no list of decoder layers in {kind}")
+    raise UserError(
+        f"backbone: found no list of decoder layers in {kind} (num_hidden_layers = {config.num_hidden_layers})"
+    )
 
 
 # -- inside a layer -------------------------------------------------------------------------------------------
