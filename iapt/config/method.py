@@ -26,17 +26,16 @@ class SizeKnob:
 class MethodConfig:
     """What every method's schema starts with.
 
-    `name` is what tables call it. `kind` is the registered method, `name` unless set: one method may appear in
-    several configs under names of their own.
+    One registered method may appear in several configs under names of their own. Most schemas have a learning rate of
+    their own, because soft prompts need rates that would ruin LoRA and the other way round.
     """
 
     trains_backbone: ClassVar[bool] = False  # True: nothing of the backbone stays frozen
     bound_to_task: ClassVar[bool] = False  # True: what it has learned are this task's labels
 
-    name: str = "???"
-    kind: str | None = None
-    # Soft prompts need rates that would ruin LoRA and the other way round: most schemas have one of their own.
-    learning_rate: float = at_least(1e-3, 0)
+    name: str = "???"  # what tables call it
+    kind: str | None = None  # the registered method; null: `name`
+    learning_rate: float = at_least(1e-3, 0)  # of AdamW, unless trainer.learning_rate is set
 
     def problems(self) -> list[str]:
         """Contradictions between this method's own fields, one line each."""

@@ -47,12 +47,11 @@ _INITS = "true, false, gaussian, orthogonal, olora, pissa, pissa_niter_N"
 
 @dataclass
 class PeftConfig(MethodConfig):
-    """`type`: a name of peft's `PeftType`. `options`: that type's configuration fields, null for peft's default.
-    `size`: the option that decides the number of trained parameters, by default the type's rank."""
+    """One of peft's types, and the options of that type."""
 
-    type: str = "???"
-    options: dict[str, Any] = field(default_factory=dict)
-    size: str | None = None
+    type: str = "???"  # a name of peft's PeftType
+    options: dict[str, Any] = field(default_factory=dict)  # fields of that type's configuration; null: peft's default
+    size: str | None = None  # the option that budget sets; null: the type's rank
 
     def problems(self) -> list[str]:
         types = known_types()
