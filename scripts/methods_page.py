@@ -32,6 +32,8 @@ KINDS = {
     "weight-space type of peft's is one more YAML (`kind: peft`, `type: LOHA`, its `options`) and no code.",
     "references": "They train nothing, and are what the others are measured against.",
 }
+# How a module ends that uses labels; on the page they stand at the top.
+LABELS = 'Letters in brackets such as (I) say what a statement rests on: docs/methods.md, "Labels".'
 HEAD = """\
 # Methods
 
@@ -128,7 +130,8 @@ def _table(members: list[Entry]) -> list[str]:
 def _section(members: list[Entry]) -> list[str]:
     """What a module says of the methods that it holds."""
     module = members[0].module
-    lines = [f"### {', '.join(entry.name for entry in members)}", "", inspect.cleandoc(module.__doc__ or ""), ""]
+    said = inspect.cleandoc(module.__doc__ or "").removesuffix(f"\n\n{LABELS}")
+    lines = [f"### {', '.join(entry.name for entry in members)}", "", said, ""]
     lines += [f"Code: `{module.__name__.replace('.', '/')}.py`."]
     counts = list(dict.fromkeys(inspect.getdoc(entry.spec.count) or "" for entry in members))
     if members[0].kind != "references":

@@ -9,6 +9,8 @@ without a norm of its own. Parallel: He et al., ICLR 2022 (arXiv 2110.04366), Ta
 
 Where a model normalises a sublayer's output before the residual sum (Gemma 2), adapters stand ahead of that norm
 (label I: the papers' models have none).
+
+Letters in brackets such as (I) say what a statement rests on: docs/methods.md, "Labels".
 """
 
 from __future__ import annotations

@@ -8,6 +8,8 @@ B, a and b start at zero, so every offset does. P has a learning rate of its own
 
 The port: an encoder edits all of its input; here the instruction's tokens are edited, the response's are not, in
 training as in decoding (I). A starts as torch's linear maps do, Kaiming-uniform within 1 / sqrt(d) (I).
+
+Letters in brackets such as (I) say what a statement rests on: docs/methods.md, "Labels".
 """
 
 from __future__ import annotations

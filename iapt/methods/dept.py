@@ -10,6 +10,8 @@ for P and one for A and B, are those of the authors' code.
 The port: their code adds the offsets to every column of an input padded to S tokens, answer and padding included. Here
 a token's index comes from the mask, 0 for the instruction's first token, and only instruction tokens get an offset, in
 training as in decoding (I). Tokens behind the first S, `max_offsets`, get none (I).
+
+Letters in brackets such as (I) say what a statement rests on: docs/methods.md, "Labels".
 """
 
 from __future__ import annotations

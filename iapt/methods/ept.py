@@ -16,6 +16,8 @@ and f_k goes through `projection_width` (R). P and F are brought to unit RMS bef
 embeddings differ in scale between backbones by orders of magnitude (R). B, U_k and u_k start at zero, so the method
 starts as prompt tuning does, with P from embeddings of random tokens (R). B and U_k move in the first step, whatever
 reads their products in the next ones. P has a learning rate of its own, as in DePT (R).
+
+Letters in brackets such as (I) say what a statement rests on: docs/methods.md, "Labels".
 """
 
 from __future__ import annotations

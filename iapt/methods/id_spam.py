@@ -12,6 +12,8 @@ Every instruction token attends to every other one, whatever the backbone's own 
 out. The paper reads the tokens' embeddings at k = 0: on backbones that add position embeddings to those, here they are
 included, for P as for the tokens (I). The authors' encoder is square, a = d; on a large backbone that is most of the
 parameters (50M of LLaMA-2 7B), so a is a setting and smaller by default (I).
+
+Letters in brackets such as (I) say what a statement rests on: docs/methods.md, "Labels".
 """
 
 from __future__ import annotations

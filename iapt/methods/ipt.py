@@ -17,6 +17,8 @@ other; so here an instruction shorter than s is filled up with one learned row t
 layer reads it: on backbones that add position embeddings these are included, for P as for the tokens (I). Tokens
 are counted from the start of the instruction, so a template that begins with more than s tokens of fixed text makes P
 the same for every instance.
+
+Letters in brackets such as (I) say what a statement rests on: docs/methods.md, "Labels".
 """
 
 from __future__ import annotations

@@ -6,6 +6,8 @@ A task's soft tokens, each entry gated by a low-rank matrix that is generated fr
 
 The authors take e(x) from a small code encoder; here it is the frozen backbone's last hidden state of the
 instruction, from a pass of its own (I). P enters at the input and its states run on as tokens' do.
+
+Letters in brackets such as (I) say what a statement rests on: docs/methods.md, "Labels".
 """
 
 from __future__ import annotations

@@ -8,6 +8,8 @@ sequence from there on; below it nothing sees them, so nothing below it keeps a 
 
 The paper inserts tokens into the running sequence; here their columns stand there from the start, hidden below
 layer k, so their positions are counted from the start too (I).
+
+Letters in brackets such as (I) say what a statement rests on: docs/methods.md, "Labels".
 """
 
 from __future__ import annotations

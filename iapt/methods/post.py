@@ -14,6 +14,8 @@ backbones of one width; and differential privacy, which belongs to the source's 
 noise, an accountant): this objective reads nothing but the finished source.
 
 The source is read before training starts, and is no part of the adapter: a saved one loads without it.
+
+Letters in brackets such as (I) say what a statement rests on: docs/methods.md, "Labels".
 """
 
 from __future__ import annotations

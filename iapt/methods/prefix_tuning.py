@@ -10,6 +10,8 @@
     projected     v^l W^l, v^l (s, low_dim), a map a layer (MiLoRA's P-tuning v2: 640 -> 4096, label S)
 
 Either way the soft columns stand in the sequence: text positions start at s before the instruction.
+
+Letters in brackets such as (I) say what a statement rests on: docs/methods.md, "Labels".
 """
 
 from __future__ import annotations

@@ -10,6 +10,8 @@ sum to 1 over the labels, one pass scores them all, and none but a label can be 
 
 The authors' multi-label form (a binary cross-entropy for each label) is left out: a task's row has one label here.
 `generate` still decodes through the LM head, which nothing has tuned.
+
+Letters in brackets such as (I) say what a statement rests on: docs/methods.md, "Labels".
 """
 
 from __future__ import annotations

@@ -17,6 +17,8 @@ layer had none (I). Without biases r = 64 at every layer of LLaMA-2 7B makes the
 
 The generators that are kept go back to their initial values, and optimiser and learning rate start anew with them (I).
 A checkpoint from before that is never chosen. `count` is of the search; what is active after it is reported.
+
+Letters in brackets such as (I) say what a statement rests on: docs/methods.md, "Labels".
 """
 
 from __future__ import annotations

@@ -134,7 +134,7 @@ class QaF1Em(Metric):
     """The mean of F1 and exact match as the scripts of SQuAD v1.1 and ReCoRD compute them.
 
     Each is the best over the references, averaged over the predictions; normalisation in `iapt.metrics.answers`. The
-    mean of the two is what IAPT's series reports (S). Rajpurkar et al., 2016, SQuAD: 100,000+ Questions.
+    mean of the two is what IAPT's series reports. Rajpurkar et al., 2016, SQuAD: 100,000+ Questions.
     """
 
     kind = GENERATION

@@ -2,6 +2,8 @@
 
 A *prompt-space* method is an `nn.Module` that answers which soft tokens a layer sees (`SoftPrompt`). A
 *weight-space* method changes the backbone's modules (`WeightMethod`).
+
+Letters such as (label S) say what a statement rests on: docs/methods.md, "Labels".
 """
 
 from __future__ import annotations
@@ -51,7 +53,7 @@ class Passes(Protocol):
 
 @dataclass(frozen=True)
 class BiLevel:
-    """First-order bi-level training (label S): two kinds of steps in alternation, each on data of its own.
+    """Two kinds of steps in alternation, each on data of its own: first-order bi-level training (label S).
 
     Attributes:
         prefix: parameters whose saved name starts with it learn on held-out batches, all others on train batches.
