@@ -36,7 +36,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "gelu": F.
 
 @dataclass
 class AdapterConfig(MethodConfig):
-    """What both forms share. `sublayers`: which of `attention` and `ffn` get an adapter, in every layer."""
+    """The settings that both forms share. `sublayers` names those of `attention` and `ffn` that get an adapter."""
 
     bottleneck: int = at_least(64, 1)
     sublayers: list[str] = field(default_factory=lambda: list(SUBLAYERS))

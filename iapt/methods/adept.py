@@ -31,7 +31,9 @@ from iapt.model.edits.word_embeddings import WordEmbeddings
 
 @dataclass
 class AdeptConfig(SoftPromptConfig):
-    """`bottleneck` is r, `learning_rate` P's. Sizes are the authors' for T5-base at 100 soft tokens' budget."""
+    """The settings of ADePT. `bottleneck` is r, and `learning_rate` is P's. Sizes are the authors' for T5-base at the
+    budget of 100 soft tokens.
+    """
 
     learning_rate: float = at_least(3e-2, 0)
     num_soft_tokens: int = at_least(60, 1)

@@ -28,8 +28,9 @@ from iapt.model.reach import reached
 
 @dataclass
 class BitFitConfig(MethodConfig):
-    """`create_missing`: linear maps of the decoder layers that have no bias get one, started at zero (label I: the
-    paper's models have all of them, LLaMA's family has next to none)."""
+    """The settings of BitFit. With `create_missing`, linear maps of the decoder layers that have no bias get one,
+    started at zero (label I: the paper's models have all of them, LLaMA's family has next to none).
+    """
 
     learning_rate: float = at_least(1e-2, 0)
     create_missing: bool = True

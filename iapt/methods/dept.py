@@ -33,7 +33,9 @@ from iapt.nn.offsets import PositionOffsets, offset_parameters
 
 @dataclass
 class DeptConfig(SoftPromptConfig):
-    """`max_offsets` is S, `learning_rate` P's. Sizes are the authors' for T5-base at 100 soft tokens' budget."""
+    """The settings of DePT. `max_offsets` is S, and `learning_rate` is P's. Sizes are the authors' for T5-base at the
+    budget of 100 soft tokens.
+    """
 
     learning_rate: float = at_least(3e-2, 0)
     num_soft_tokens: int = at_least(40, 1)

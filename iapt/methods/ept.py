@@ -42,7 +42,9 @@ from iapt.nn.offsets import PositionOffsets, offset_parameters
 
 @dataclass
 class EptConfig(SoftPromptConfig):
-    """`max_offsets`, `rank` and `alpha` as in DePT; `attention_width` is a, `num_spaces` K; `learning_rate` is P's."""
+    """The settings of EPT. `max_offsets`, `rank` and `alpha` are those of DePT, `attention_width` is a, `num_spaces`
+    is K, and `learning_rate` is P's.
+    """
 
     learning_rate: float = at_least(3e-2, 0)
     num_soft_tokens: int = at_least(40, 1)

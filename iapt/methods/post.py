@@ -38,7 +38,9 @@ KEY = "method.source"
 
 @dataclass
 class PostConfig(PromptTuningConfig):
-    """`source` is the run to learn from: any soft-prompt method's, on a backbone with this one's vocabulary."""
+    """The settings of POST. `source` is the run to learn from: a run of any soft-prompt method, on a backbone with
+    this one's vocabulary.
+    """
 
     learning_rate: float = at_least(3e-2, 0)
     source: str | None = field(default=None, metadata={"adapter": True})

@@ -67,7 +67,7 @@ class SciPromptConfig(LabelPromptConfig):
 
 
 class SciPrompt(PromptTuning):
-    """`prompt` (s, d).
+    """The method's module. `prompt` (s, d) is what is trained.
 
     Attributes:
         weights: (K,) float32 buffer, of all labels' terms one after another.

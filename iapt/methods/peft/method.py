@@ -227,7 +227,7 @@ class AdaLora(Peft):
             self._tuner[0].update_and_allocate(step)
 
     def can_be_checkpoint(self, step: int) -> bool:
-        """Once pruning has ended; and untrained, when E is zero everywhere."""
+        """A checkpoint may be taken of the untrained adapter, whose E is zero, and once pruning has ended."""
         return step == 0 or step >= self._schedule.total_step - self._schedule.tfinal
 
     def training_state(self) -> dict[str, Any]:
@@ -262,7 +262,7 @@ def count(config: PeftConfig, backbone: Backbone) -> int:
 
 
 def build(config: PeftConfig, backbone: Backbone) -> Peft:
-    """Raises UserError if peft cannot adapt this backbone so."""
+    """Build the method. Raises UserError if peft cannot adapt this backbone in the way that is asked for."""
     return AdaLora(config, backbone) if config.type == "ADALORA" else Peft(config, backbone)
 
 
