@@ -106,7 +106,7 @@ class Engine:
             )
 
     def train(self, mode: bool) -> None:
-        """Whether a backward pass may follow. The backbone's modules stay in eval mode."""
+        """Say whether a backward pass may follow. The backbone's modules stay in eval mode."""
         self.training = mode
         self.hooks.recompute = mode and self.checkpointing
 

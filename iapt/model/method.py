@@ -23,7 +23,7 @@ from iapt.model.edits.layer_input import LayerInput
 
 
 class Passes(Protocol):
-    """What a method may ask of the model that it is a part of (`iapt.model.adapted.AdaptedModel`).
+    """The questions that a method may ask of the model it is a part of (`iapt.model.adapted.AdaptedModel`).
 
     Attributes:
         backbone: the frozen LM with its tokenizer.
@@ -36,7 +36,7 @@ class Passes(Protocol):
     method: Method | None
 
     def disabled(self) -> AbstractContextManager[None]:
-        """A context in which the model is the bare backbone."""
+        """Return a context in which the model is the bare backbone."""
 
     def response_logits(self, batch: Batch) -> Tensor:
         """(B, R, V): the logits that predict each response token, with gradient."""
@@ -71,7 +71,7 @@ _SAID_BY = {"objective": "has_objective", "label_scores": "scores_labels", "adju
 
 
 class Method(nn.Module):
-    """What the two kinds of method have in common. All but `trainable` are offers that most methods leave alone.
+    """The base of both kinds of method. All but `trainable` are offers that most methods leave alone.
 
     Attributes:
         lr_overrides: learning rates for parameters whose saved name starts with the key; these form groups of
@@ -135,7 +135,7 @@ class Method(nn.Module):
         return False
 
     def can_be_checkpoint(self, step: int) -> bool:
-        """Whether the adapter as it is after step `step` (0: untrained) may be the one that is kept.
+        """Say whether the adapter as it is after step `step` (0: untrained) may be the one that is kept.
 
         Where it may not, its dev loss is looked at but wears no patience. The run's last step always may.
         """
@@ -149,7 +149,7 @@ class Method(nn.Module):
         """Put back what `training_state` gave; `start` was called before, parameters and buffers are the saved ones."""
 
     def objective(self, model: Passes, batch: Batch) -> Tensor | None:
-        """What is minimised instead of the response tokens' cross-entropy, on `batch` of the adapted `model`.
+        """Return what is minimised instead of the response tokens' cross-entropy, on `batch` of the adapted `model`.
 
         Asked in training and for the dev loss; `self.training` tells them apart.
 
@@ -207,7 +207,8 @@ class SoftPrompt(Method):
         return None
 
     def edits(self) -> Sequence[Edit]:
-        """What the method does to a pass, in this order, each kind once at most; asked when a model is built.
+        """Return what the method does to a pass, in this order, each kind once at most. It is asked when a model is
+        built.
 
         `iapt.model.edits` holds those that there are, and a method may bring one of its own. Without any the soft
         tokens run through the layers as tokens do.
