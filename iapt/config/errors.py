@@ -29,7 +29,7 @@ class TrainingError(Exception):
 
 
 def suggest(word: str, known: Iterable[str]) -> str:
-    """What exists, and the nearest of it to `word`: the tail of every 'unknown X' message."""
+    """List what exists, and the nearest of it to `word`: the end of every 'unknown X' message."""
     known = sorted(known)
     near = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
     hint = f"did you mean '{near[0]}'? " if near else ""

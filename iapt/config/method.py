@@ -24,7 +24,7 @@ class SizeKnob:
 
 @dataclass
 class MethodConfig:
-    """What every method's schema starts with.
+    """The settings that every method has.
 
     One registered method may appear in several configs under names of their own. Most schemas have a learning rate of
     their own, because soft prompts need rates that would ruin LoRA and the other way round.
@@ -46,7 +46,9 @@ class MethodConfig:
         return []
 
     def size_knob(self) -> SizeKnob | None:
-        """What `budget` may set; None: the backbone alone decides the number of trained parameters."""
+        """Return the setting that `budget` may set; None if the backbone alone decides the number
+        of trained parameters.
+        """
         return None
 
     def adapters(self) -> dict[str, str | None]:
@@ -56,7 +58,7 @@ class MethodConfig:
 
 @dataclass
 class SoftPromptConfig(MethodConfig):
-    """What every prompt-space method's schema starts with.
+    """The settings that every prompt-space method has.
 
     `init_from` is the folder of a run, or of an adapter, that training starts from: soft prompt transfer (SPoT, Vu et
     al., ACL 2022; PoT, Su et al., NAACL 2022). It is of the same method, size and backbone; `post` leads from one

@@ -78,7 +78,7 @@ class TaskConfig:
     eval_every: int = at_least(200, 1)  # the default of trainer.eval_every
 
     def problems(self) -> list[str]:
-        """What no single field shows."""
+        """List the contradictions that no single field shows."""
         rule, found = self.split_rule, []
         allowed = f"allowed are {', '.join(SPLIT_RULES)}"
         if isinstance(rule, dict):
