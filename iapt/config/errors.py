@@ -38,7 +38,7 @@ class TrainingError(SaidError):
 
 
 def suggest(word: str, known: Iterable[str]) -> str:
-    """What exists, and the nearest of it to `word`: the tail of every 'unknown X' message."""
+    """List what exists, and the nearest of it to `word`: the end of every 'unknown X' message."""
     known = sorted(known)
     hint = f"{found[2:]} " if (found := nearest(word, known)) else ""
     return f"{hint}known: {', '.join(known) if known else 'none'}"

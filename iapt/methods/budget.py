@@ -21,7 +21,7 @@ _UNITS = {"": 1, "k": 1e3, "m": 1e6, "b": 1e9}
 
 @dataclass(frozen=True)
 class Fitted:
-    """What a budget came to.
+    """The setting that a budget led to.
 
     Attributes:
         asked: trainable parameters asked for.
@@ -45,12 +45,12 @@ class Fitted:
         return f"budget {self.asked:,}: {chosen} {self.count:,} trainable parameters ({self.off:+.1%})"
 
     def record(self) -> dict[str, Any]:
-        """As it stands in `summary.json`."""
+        """Return the mapping that `summary.json` holds."""
         return {**dataclasses.asdict(self), "off": self.off}
 
 
 def parse_budget(text: str, backbone_parameters: int) -> int:
-    """`20M`, `300k`, `1500`, `0.3%` -> a number of parameters, at least 1.
+    """Read `20M`, `300k`, `1500` or `0.3%` as a number of parameters, at least 1.
 
     Raises:
         UserError: anything else.

@@ -106,7 +106,7 @@ class Backbone:
         return self.embeddings(ids)
 
     def identity(self) -> dict[str, Any]:
-        """What an adapter must find again: architecture, sizes and a fingerprint of the weights."""
+        """Return what identifies the backbone of an adapter: architecture, sizes and a fingerprint of the weights."""
         config = self.lm.config
         return {
             "name": self.name,
@@ -230,7 +230,7 @@ def build_backbone(
 
 
 def _ends_alone(source: str | Path, revision: str | None) -> GenerationConfig:
-    """What generation_config.json says about the tokens that end a text, and nothing else of it.
+    """Return the tokens that end a text according to generation_config.json, and nothing else of that file.
 
     No decoding of ours reads the rest (`iapt.model.decoding`), and a combination that transformers holds to be
     impossible would keep it from loading the model at all.
