@@ -35,7 +35,7 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class HarnessConfig:
-    """What of the harness to run; empty `tasks` for nothing."""
+    """The tasks of the harness to run, and how. With no `tasks` nothing is run."""
 
     tasks: list[str] = field(default_factory=list)  # names, groups, tags or patterns of the harness
     num_fewshot: int | None = at_least(None, 0)  # null: as each task says
@@ -47,7 +47,7 @@ class HarnessConfig:
 
 
 def problems(config: HarnessConfig) -> list[str]:
-    """What is wrong with the settings before anything is loaded, one line each."""
+    """List what is wrong with the settings before anything is loaded, one line each."""
     found = []
     if not config.tasks:
         given = [name for name, value in vars(config).items() if value]
@@ -176,7 +176,7 @@ def _metrics(row: dict[str, Any]) -> dict[str, float]:
 
 
 def _fingerprint(parts: list[Any], shots: Any, samples: dict[str, list[dict[str, Any]]]) -> str:
-    """Of the tasks' definitions and of the very prompts: results that differ here are not of the same thing."""
+    """Hash the tasks' definitions and the very prompts: results that differ here are not of the same thing."""
     prompts = {name: [r.get("prompt_hash") for r in records] for name, records in samples.items()}
     text = json.dumps([*parts, shots, prompts], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]

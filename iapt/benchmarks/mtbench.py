@@ -47,7 +47,7 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class MtBenchConfig:
-    """Which questions, and how they are answered; null `questions` for nothing."""
+    """The questions, and how they are answered. With `questions` null nothing is run."""
 
     questions: str | None = None  # FastChat's question.jsonl
     column: str | None = None  # of the task's template that takes a question; null: its only one, or `instruction`
@@ -60,7 +60,7 @@ class MtBenchConfig:
 
 
 def problems(config: MtBenchConfig) -> list[str]:
-    """What is wrong with the settings before anything is loaded, one line each."""
+    """List what is wrong with the settings before anything is loaded, one line each."""
     if config.questions is None:
         default = MtBenchConfig()
         given = [name for name, value in vars(config).items() if value != getattr(default, name)]
@@ -191,7 +191,7 @@ def _answer(question: Question, turns: tuple[str, str], model_id: str) -> dict[s
 
 
 def _identity(saved: Saved, config: MtBenchConfig, layout: Layout, questions: Path) -> dict[str, Any]:
-    """What decides the answers; a folder holds answers of one such thing."""
+    """Return what decides the answers; a folder holds answers of one such thing."""
     named = saved.config
     identity = {
         "model_id": config.model_id or f"{named.backbone.name}-{named.method.name}-{named.seed}",

@@ -41,7 +41,7 @@ LAUNCHERS = {"joblib": "parallel", "submitit_local": "slurm", "submitit_slurm": 
 
 @dataclass
 class _Outcome:
-    """What the job leaves for the command, because Hydra would wrap an exception and print it twice."""
+    """The outcome that the job leaves for the command, because Hydra would wrap an exception and print it twice."""
 
     error: UserError | TrainingError | None = None
     place: str = ""  # the override that leads back to this run or sweep
@@ -148,7 +148,7 @@ def _need_one_command(args: argparse.Namespace) -> None:
 
 
 def _is_of_hydra(error: BaseException) -> bool:
-    """Whether Hydra itself raised it, not a job that Hydra ran."""
+    """Say whether Hydra itself raised the error, and not a job that Hydra ran."""
     frames = list(traceback.walk_tb(error.__traceback__))
     return bool(str(frames[-1][0].f_globals.get("__name__")).startswith("hydra."))
 

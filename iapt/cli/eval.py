@@ -55,7 +55,7 @@ def _job(composed: DictConfig, folder: Path, in_sweep: bool) -> Summary:
 
 
 def _problems(composed: DictConfig) -> list[str]:
-    """What can be said without the checkpoint's own config; the rest is checked once that is read."""
+    """List what can be said without the checkpoint's own config; the rest is checked once that is read."""
     from iapt.methods.settings import unknown_keys
 
     given = OmegaConf.to_container(composed, resolve=False)

@@ -172,6 +172,7 @@ def _files(
     sheets: list[Sheet], plots: list[Plot], boards: list[Board], tests: dict[str, Tests], args: argparse.Namespace
 ) -> dict[str, bytes]:
     from iapt.report.page import html
+    from iapt.report.plots import show_names_as_they_are
     from iapt.report.render import FORMATS, cells_csv
 
     files = {f"{sheet.name}{suffix}": render(sheet).encode() for sheet in sheets for suffix, render in FORMATS.values()}
@@ -180,6 +181,7 @@ def _files(
         pictures.append((plot, None))
         if plot.figure is not None:
             file = io.BytesIO()
+            show_names_as_they_are(plot.figure)
             plot.figure.savefig(file, format="png", dpi=140)
             pictures[-1] = plot, file.getvalue()
             files[f"plots/{plot.name}.png"] = file.getvalue()

@@ -12,6 +12,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from iapt.config.visible import visible
 from iapt.folder.summary import Summary
 
 Ended = tuple[Path, Summary]  # a folder and what came of its run
@@ -51,7 +52,7 @@ def summary_table(jobs: Sequence[Ended]) -> Table:
     for folder, s in jobs:
         names = [str(getattr(s, key) or "") for key in ("task", "method", *extra, "metric")]
         scores = [_score(value) for value in (s.zero_shot, s.dev, s.test)]
-        table.add_row(
+        row = [
             *names,
             *scores,
             "" if s.trainable_params is None else f"{s.trainable_params:,}",
@@ -59,7 +60,8 @@ def summary_table(jobs: Sequence[Ended]) -> Table:
             " ".join([s.status, *(s.reason or "").split()]),  # a list of problems has a line for each
             *([s.note or ""] if noted else []),
             _short(str(folder)),
-        )
+        ]
+        table.add_row(*map(visible, row))
     return table
 
 

@@ -19,7 +19,7 @@ class SourceConfig:
 
     path: str | None = None  # hub id
     config: str | None = None  # the hub data set's configuration name
-    revision: str | None = None
+    revision: str | None = None  # branch, tag or commit on the hub
     # configurations on the hub, sub-folders locally: a split is their rows one after another, with a column `subset`
     subsets: list[str] = field(default_factory=list)
     generator: str | None = None  # a function of iapt.data.toy
@@ -36,7 +36,7 @@ class SourceConfig:
 class TaskConfig:
     """How rows become instructions, responses and a score. A plain task is this and nothing else."""
 
-    name: str = "???"
+    name: str = "???"  # what tables call it, and its folder under data_dir
     source: SourceConfig = field(default_factory=SourceConfig)
     template: str = "???"  # format string over the columns
     response: str = "{label}"  # format string over the columns; {label} is the label word
@@ -68,20 +68,20 @@ class TaskConfig:
     )
     # One rule for every protocol, or {strict: ..., paper: ...}; `iapt.data.splits` says what each rule does.
     split_rule: Any = "official"
-    carve_size: int = at_least(1000, 1)
+    carve_size: int = at_least(1000, 1)  # rows that a carved split gets
     official_size: dict[str, int] = field(default_factory=dict)  # rows of each of the source's splits, as published
     split_seed: int = 0  # not the run's seed: five seeds of one task are scored on the same examples
     scoring: str = choice("likelihood", "likelihood", "generation", "constrained", role=_ROW)  # for classification
     normalize_scores: bool = setting(False, _ROW)  # divide a label's log-likelihood by its number of tokens
-    max_new_tokens: int = at_least(32, 1, _ROW)
-    num_beams: int = at_least(1, 1, _ROW)
-    max_train_examples: int | None = at_least(None, 1, _ROW)
-    max_eval_examples: int | None = at_least(None, 1)
-    max_steps: int | None = at_least(None, 1)  # what `trainer.max_steps` and `trainer.eval_every` default to
-    eval_every: int = at_least(200, 1)
+    max_new_tokens: int = at_least(32, 1, _ROW)  # tokens that decoding may write
+    num_beams: int = at_least(1, 1, _ROW)  # 1: greedy decoding
+    max_train_examples: int | None = at_least(None, 1, _ROW)  # keep so many of train, drawn by split_seed
+    max_eval_examples: int | None = at_least(None, 1)  # keep so many of dev and of test, drawn by split_seed
+    max_steps: int | None = at_least(None, 1)  # the default of trainer.max_steps
+    eval_every: int = at_least(200, 1)  # the default of trainer.eval_every
 
     def problems(self) -> list[str]:
-        """What no single field shows."""
+        """List the contradictions that no single field shows."""
         rule, found = self.split_rule, []
         allowed = f"allowed are {', '.join(SPLIT_RULES)}"
         if isinstance(rule, dict):

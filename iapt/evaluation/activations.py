@@ -27,7 +27,7 @@ VISIBLE_JUMP = 0.01
 
 @dataclass
 class Inputs:
-    """What one activation was given.
+    """The inputs that one activation was given.
 
     Attributes:
         count: how many numbers.

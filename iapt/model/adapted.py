@@ -133,7 +133,7 @@ class AdaptedModel(nn.Module):
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
-        """A context in which this is the bare backbone."""
+        """Return a context in which this is the bare backbone."""
         was, self.engine.active = self.engine.active, False
         with self.method.disabled() if isinstance(self.method, WeightMethod) else nullcontext():
             try:
@@ -161,8 +161,8 @@ class AdaptedModel(nn.Module):
     # -- the three verbs ----------------------------------------------------------------------------------
 
     def loss(self, batch: Batch, reduction: str = "mean") -> Tensor:
-        """What training minimises: the cross-entropy of the response tokens given the instruction, in nats, unless
-        the method has an objective of its own. A scalar in float32 or better.
+        """Return what training minimises, a scalar in float32 or better. It is the cross-entropy of the response
+        tokens given the instruction, in nats, unless the method has an objective of its own.
 
         Args:
             batch: instructions and responses.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from torch import Tensor
 from iapt.config.errors import UserError
 from iapt.folder.files import write_json
 from iapt.folder.names import ADAPTER, META
+from iapt.model.stored import check_tensors, read_meta
 
 SCHEMA_VERSION = 1
 
@@ -40,7 +40,7 @@ def load_adapter(folder: Path, key: str = "checkpoint") -> tuple[dict[str, Tenso
         key: the setting that names it, for messages.
 
     Raises:
-        UserError: a missing folder or file, one that cannot be read, a newer schema.
+        UserError: a missing folder or file, one that cannot be read, a newer schema, tensors that are not finite.
     """
     for name in (META, ADAPTER):
         if not (folder / name).is_file():
@@ -49,14 +49,15 @@ def load_adapter(folder: Path, key: str = "checkpoint") -> tuple[dict[str, Tenso
                 f"{key} = {folder}: expected a run or adapter folder with {META} and {ADAPTER}; "
                 f"{name} is missing (found: {here or 'nothing'})"
             )
+    meta = read_meta(folder / META, f"{key} = {folder}")
+    version = meta.get("schema_version")
+    if version != SCHEMA_VERSION:
+        raise UserError(f"{key} = {folder}: schema version {version}, this release reads {SCHEMA_VERSION}")
     try:
-        meta = json.loads((folder / META).read_text(encoding="utf-8"))
         tensors = load_file(folder / ADAPTER)
     except (OSError, ValueError, SafetensorError) as error:
         raise UserError(f"{key} = {folder}: cannot be read: {error}") from error
-    version = meta.get("schema_version") if isinstance(meta, dict) else None
-    if version != SCHEMA_VERSION:
-        raise UserError(f"{key} = {folder}: schema version {version}, this release reads {SCHEMA_VERSION}")
+    check_tensors(tensors, f"{key} = {folder}")
     return tensors, meta
 
 

@@ -13,6 +13,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure  # without pyplot: no display, no global state
 
+from iapt.config.visible import visible
 from iapt.folder.summary import OK
 from iapt.nn.rational import FIT_RANGE
 from iapt.report.cells import Board, Cell, Column, Row
@@ -55,6 +56,15 @@ def plots(board: Board) -> list[Plot]:
 
 
 Drawn = tuple[Figure | None, str]
+
+
+def show_names_as_they_are(figure: Figure) -> None:
+    """Matplotlib reads what stands between two dollars as a formula, and has no picture of a control character."""
+    texts = [text for ax in figure.axes for text in (ax.title, ax.xaxis.label, ax.yaxis.label, *ax.texts)]
+    legends = [*figure.legends, *(legend for ax in figure.axes if (legend := ax.get_legend()))]
+    for text in (*texts, *(text for legend in legends for text in legend.get_texts())):
+        text.set_parse_math(False)
+        text.set_text(visible(text.get_text()))
 
 
 def _style(number: int) -> tuple[str, str, str]:

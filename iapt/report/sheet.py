@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from iapt.config.visible import visible
 from iapt.report.bootstrap import Difference, Tested, corrected, difference, explained, interval, points
 from iapt.report.cells import Board, Cell, Column, Row, state
 
@@ -21,6 +22,9 @@ class Entry:
     text: str
     best: bool = False
     mark: str = ""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "text", visible(self.text))  # names and reasons come out of run folders
 
 
 @dataclass

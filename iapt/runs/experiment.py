@@ -34,6 +34,7 @@ from iapt.model.method import SoftPrompt
 from iapt.runs import stages
 from iapt.runs.diagnosis import diagnose
 from iapt.runs.hardware import check_hardware
+from iapt.runs.own import paths_of, seal
 from iapt.runs.prepare import encode, present
 from iapt.runs.provenance import circumstances
 from iapt.runs.restore import put_back, read_saved
@@ -114,8 +115,8 @@ def evaluate(checkpoint: Path, folder: Path, overrides: dict[str, Any], split: s
     tracker = Tracker(folder, parts.accelerator, folder.name)
     for note in parts.notes:
         tracker.say(note)
-    same_task = config.task.name == meta["config"]["task"]["name"]
-    if same_task and parts.task.template_hash != meta["template_hash"]:
+    same_task = config.task.name == (meta["config"].get("task") or {}).get("name")
+    if same_task and parts.task.template_hash != meta.get("template_hash"):
         tracker.say("the template is not the one this adapter was trained with")
     tracker.say(preflight.run(config, parts.model, gradients=False))
     start = time.perf_counter()
@@ -202,6 +203,8 @@ def _run(config: Config, folder: Path) -> Summary:
         "template_hash": task.template_hash,
         "trainable_params": identity["trainable_params"],
         "config": to_dict(config),
+        "paths": (paths := paths_of(config)),
+        "seal": seal(paths),
     }
     tracker.say(
         f"{config.method.name}: {identity['trainable_params']:,} trainable parameters on {config.backbone.name} "
