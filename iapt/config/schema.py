@@ -39,9 +39,8 @@ class BackboneConfig:
 class HardwareConfig:
     """Where and how a run computes."""
 
-    device: str = choice(
-        "auto", "auto", "cpu", "cuda", role=Role.IDENTITY | Role.MAY_DIFFER
-    )  # auto: the GPU if there is one
+    # auto: the GPU if there is one
+    device: str = choice("auto", "auto", "cpu", "cuda", role=Role.IDENTITY | Role.MAY_DIFFER)
     num_processes: int = at_least(1, 1)  # they share every batch; on GPUs one process each
     strategy: str = choice("ddp", "ddp", "fsdp")  # fsdp shards the frozen backbone; adapters stay replicated
     precision: str = choice("fp32", "fp32", "bf16")
