@@ -19,6 +19,22 @@ from iapt.model.backbone import Backbone
 logging.get_absl_handler().python_handler.stream = sys.__stderr__
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--full", action="store_true", help="also what is marked `full`: the whole matrix, for CI")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "full: runs with --full alone; a like test, or a part of it, runs always")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("full"):
+        return
+    fast = [item for item in items if item.get_closest_marker("full") is None]
+    config.hook.pytest_deselected(items=[item for item in items if item.get_closest_marker("full") is not None])
+    items[:] = fast
+
+
 @pytest.fixture(scope="session")
 def llama2_7b() -> Backbone:
     """LLaMA-2 7B's shape without its weights."""

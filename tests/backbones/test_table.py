@@ -32,6 +32,7 @@ TABLE = json.loads(VERIFIED.read_text(encoding="utf-8"))
 BUILT = sorted(name for name in TABLE["families"] if zoo.is_known(name))
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("name", BUILT)
 def test_what_a_family_calls_its_parts_is_found_or_refused(name: str) -> None:
     lm = zoo.build_lm(name)
@@ -63,6 +64,7 @@ def _found(look: Callable[[Any], Any], module: nn.Module) -> bool:
 SAMPLE = random.Random(0).sample([(f, v) for f in BUILT for v in VARIANTS], 60)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(("family", "variant"), SAMPLE)
 def test_the_shipped_table_is_what_is_measured(family: str, variant: str) -> None:
     cell = verify(family, variant)
