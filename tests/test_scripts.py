@@ -11,6 +11,8 @@ import pytest
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from tests.shipped import TOKENIZERS
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -29,6 +31,19 @@ def test_pretraining_is_repeatable_and_its_folder_loads(tmp_path: Path):
     assert all((first[key] == second[key]).all() for key in first)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "one")
     assert len(tokenizer) == AutoModelForCausalLM.from_pretrained(tmp_path / "one").config.vocab_size
+
+
+def test_the_shipped_tokenizers_are_what_their_script_makes(tmp_path: Path) -> None:
+    subprocess.run([sys.executable, "scripts/train_tokenizers.py", str(tmp_path)], cwd=ROOT, check=True)
+    files = {path.relative_to(TOKENIZERS) for path in TOKENIZERS.rglob("*.*")}
+    assert files == {path.relative_to(tmp_path) for path in tmp_path.rglob("*.*")}
+    likelihoods = Path("unigram/tokenizer.json")  # in an order of chance, and rounded by it
+    for file in files - {likelihoods}:
+        assert (tmp_path / file).read_text() == (TOKENIZERS / file).read_text(), file
+    made, shipped = (json.loads((folder / likelihoods).read_text()) for folder in (tmp_path, TOKENIZERS))
+    pieces, expected = (dict(whole["model"].pop("vocab")) for whole in (made, shipped))
+    assert pieces == pytest.approx(expected, abs=0.01)
+    assert made == shipped
 
 
 @pytest.mark.full
