@@ -6,14 +6,15 @@
 #             stays where it may, LOCK_ARGS=--upgrade takes the newest of everything
 # make test-oldest, make test-newest   the contract on both ends of pyproject.toml's ranges; -fast: a part of it
 # make test-machines   what is sensitive to the last bit, as other processors would compute it
-# make contract   runs the contract tests and writes their table into docs/contract.md and the README
+# make contract   runs the contract tests and writes their table into docs/contract.md
 # make backbones  verifies methods on every causal LM of transformers; writes iapt/verified.json, docs/backbones.md
+# make docs     makes the pages that come from the code anew, then the site, into site/
 # make mutants    breaks the engine on purpose, in a copy; every break must fail a contract test
 # Everything lives in .venv (.venv-oldest, .venv-newest, .venv-lock); the stamp files in them make a second call quick.
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-full check lock test-oldest test-oldest-fast test-newest test-newest-fast test-machines contract backbones mutants clean
+.PHONY: demo test test-full check lock test-oldest test-oldest-fast test-newest test-newest-fast test-machines contract backbones docs mutants clean
 
 demo: .venv/installed
 	$(BIN)/iapt-train
@@ -39,6 +40,11 @@ contract: .venv/installed-test
 
 backbones: .venv/installed-test
 	OMP_NUM_THREADS=1 $(BIN)/python -m scripts.verify_backbones
+
+docs: .venv/installed-test
+	$(BIN)/python -m scripts.settings_page
+	$(BIN)/python -m scripts.methods_page
+	$(BIN)/mkdocs build --strict
 
 mutants: .venv/installed-test
 	OMP_NUM_THREADS=1 $(BIN)/python scripts/mutants.py

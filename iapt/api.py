@@ -37,6 +37,7 @@ from iapt.model.adapted import AdaptedModel
 from iapt.model.backbone import Backbone
 from iapt.model.checkpoint import check_backbone, load_adapter
 from iapt.model.method import WeightMethod
+from iapt.model.stored import need
 from iapt.preflight import check
 from iapt.runs.restore import put_back
 from iapt.runs.transfer import start_from
@@ -138,8 +139,7 @@ def load(
     """
     folder = Path(path)
     tensors, meta = load_adapter(folder)
-    if not {"method", "backbone"} <= set(meta):
-        raise UserError(f"checkpoint = {folder}: does not say which method and backbone it belongs to")
+    need(meta, f"checkpoint = {folder}", "method.name", "backbone")
     _refuse_changed(backbone)
     check_backbone(_backbone(backbone, tokenizer).identity(), meta["backbone"], folder)
     # Not by way of what training started from, which need not be there any more.

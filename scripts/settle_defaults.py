@@ -20,8 +20,8 @@ from typing import Any
 from hydra import compose, initialize_config_dir
 
 from iapt.config.paths import CONFIG_DIR
+from iapt.folder.summary import read_summary
 from iapt.methods.settings import load_config
-from iapt.model.checkpoint import read_summary
 from iapt.runs.experiment import run
 
 # What all rows share but for their own switch. The rate is not the default: at 1e-6 the activations hardly move in so
@@ -61,7 +61,7 @@ def main() -> None:
 
 def _cell(root: Path, task: str, variant: str, seed: int, overrides: list[str]) -> None:
     folder = root / task.replace("/", "-") / _slug(variant) / str(seed)
-    if read_summary(folder).get("status") == "ok":
+    if read_summary(folder).finished:
         return
     with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
         composed = compose("train", [f"task={task}", "method=iapt", f"seed={seed}", "zero_shot=false", *overrides])
@@ -81,8 +81,11 @@ def table(root: Path) -> str:
         cells = [variant]
         for task in tasks:
             found = [read_summary(p) for p in sorted((root / task / _slug(variant)).glob("*"))]
-            found = [s for s in found if s.get("status") == "ok"]
-            cells += [_spread((100 * s["test"] for s in found), 1), _spread((s["best_dev_loss"] for s in found), 4)]
+            found = [s for s in found if s.finished]
+            cells += [
+                _spread((100 * s.test for s in found if s.test is not None), 1),
+                _spread((s.best_dev_loss for s in found), 4),
+            ]
         lines.append("| " + " | ".join(cells) + " |")
     counts = {len(list((root / t / _slug(v)).glob("*/summary.json"))) for t in tasks for v in VARIANTS}
     return "\n".join([*lines, "", f"Runs a cell: {', '.join(map(str, sorted(counts)))}."])

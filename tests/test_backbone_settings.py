@@ -16,6 +16,7 @@ from iapt.benchmarks.mtbench_answers import Answerer, Layout
 from iapt.config.errors import UserError
 from iapt.config.schema import BackboneConfig
 from iapt.config.task import TaskConfig
+from iapt.folder.summary import read_summary
 from iapt.model.adapted import AdaptedModel
 from iapt.model.backbone import TINY_DIR, build_backbone
 from iapt.runs import experiment
@@ -71,8 +72,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_backbones_files_do_not_reach_a_tasks_texts(name: str, run: Path, tmp_path: Path):
     path = copy_of_tiny(tmp_path / "backbone", *FILES[name])
     found = experiment.evaluate(run, tmp_path / "eval", {"backbone": {"path": str(path)}}, "test")
-    expected = json.loads((run / "summary.json").read_text())
-    assert found["test"] == expected["test"] > 0.9
+    expected = read_summary(run)
+    assert found.test == expected.test > 0.9
     assert (tmp_path / "eval" / "predictions.jsonl").read_text() == (run / "predictions.jsonl").read_text()
 
 
@@ -82,7 +83,7 @@ def test_a_run_on_such_files_is_the_same_run(tmp_path: Path):
     for name, path in (("clean", TINY_DIR), ("other", copy_of_tiny(tmp_path / "backbone", *files))):
         backbone = {"name": "tiny", "kind": "pretrained", "path": str(path), "shape": {}}
         summary = experiment.run(config("describe", backbone=backbone), tmp_path / name)
-        scores.append((summary["zero_shot"], summary["dev"], summary["test"]))
+        scores.append((summary.zero_shot, summary.dev, summary.test))
     assert scores[0] == scores[1]
     texts = [(tmp_path / name / "predictions.jsonl").read_text() for name in ("clean", "other")]
     assert texts[0] == texts[1]

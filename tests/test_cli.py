@@ -15,6 +15,7 @@ from iapt.cli import callbacks, eval, train
 from iapt.config.errors import TrainingError, UserError
 from iapt.config.paths import CONFIG_DIR
 from iapt.config.schema import Config
+from iapt.folder.summary import Summary, write_summary
 from tests.test_launch import contents
 from tests.test_launch import stub as stub
 
@@ -33,17 +34,16 @@ class Runs(list[tuple[Config, Path]]):
 
     fail: Callable[[Config], Exception | None] = staticmethod(lambda config: None)  # type: ignore[assignment]
 
-    def run(self, config: Config, folder: Path) -> dict[str, Any]:
+    def run(self, config: Config, folder: Path) -> Summary:
         self.append((config, folder))
         error = self.fail(config)
         if error:
             raise error
-        summary = {
-            "task": config.task.name, "method": config.method.name, "seed": config.seed, "metric": "accuracy",
-            "zero_shot": 0.5, "dev": 0.75, "test": 0.875, "trainable_params": 12345, "train_seconds": 61.0,
-            "status": "ok",
-        }  # fmt: skip
-        (folder / "summary.json").write_text(json.dumps(summary))
+        summary = Summary(
+            task=config.task.name, method=config.method.name, seed=config.seed, metric="accuracy", zero_shot=0.5,
+            dev=0.75, test=0.875, trainable_params=12345, train_seconds=61.0, status="ok",
+        )  # fmt: skip
+        write_summary(folder, summary)
         return summary
 
 
@@ -52,7 +52,7 @@ def runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Runs:
     """An experiment that takes no time, in this process even where a sweep would start others."""
     calls = Runs()
 
-    def in_child(config: Config, folder: Path) -> dict[str, Any]:
+    def in_child(config: Config, folder: Path) -> Summary:
         from iapt.runs.launch import record_failure, to_dict
 
         try:
@@ -290,9 +290,9 @@ def test_eval_lays_what_is_given_over_the_checkpoint(
 ) -> None:
     calls: list[Any] = []
 
-    def evaluate(*args: Any) -> dict[str, Any]:
+    def evaluate(*args: Any) -> Summary:
         calls.append(args)
-        return {"task": "t", "method": "iapt", "metric": "accuracy", "test": 0.5, "status": "ok"}
+        return Summary(task="t", method="iapt", metric="accuracy", test=0.5, status="ok")
 
     monkeypatch.setattr("iapt.runs.experiment.evaluate", evaluate)
     code, out, err = command("checkpoint=run", "hydra.run.dir=here", main=eval.main)

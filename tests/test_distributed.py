@@ -89,7 +89,7 @@ def test_two_processes_equal_one_from_config_to_summary(
     one = launch(config(toy, method), tmp_path / "one")
     hardware = {"device": "cpu", "num_processes": 2, "strategy": strategy}
     two = launch(config(toy, method, hardware=hardware), tmp_path / "two")
-    assert (one["num_processes"], two["num_processes"]) == (1, 2)
+    assert (one.num_processes, two.num_processes) == (1, 2)
     for key in ("train_loss", "dev_loss"):
         assert dict(curve(tmp_path / "two", key)) == pytest.approx(dict(curve(tmp_path / "one", key)), rel=1e-4)
     for key in ("dev", "test", "zero_shot"):

@@ -68,7 +68,7 @@ def test_likelihood_compares_a_rows_own_options(
     assert [len(record["scores"]) for record in records] == COUNTS
     assert [record["label"] for record in records] == [count - 1 for count in COUNTS]
     assert [record["text"] for record in records] == [WORDS[count - 1] for count in COUNTS]
-    assert summary["test"] == 3 / 6
+    assert summary.test == 3 / 6
 
     [run] = read_runs([tmp_path / "run"])
     run.settings = {f"task.{key}": TASK[key] for key in ("response", "label_words")}
@@ -86,7 +86,7 @@ def test_generation_takes_no_word_that_a_row_lacks(data: Path, tmp_path: Path, m
     summary = experiment.run(chosen, tmp_path / "run")
     assert [record["text"] for record in records_of(tmp_path / "run")] == ["D"] * 6
     assert [record["label"] for record in records_of(tmp_path / "run")] == [3, 3, -1, -1, 3, 3]
-    assert summary["test"] == 1 / 6
+    assert summary.test == 1 / 6
 
 
 def test_without_options_every_label_word_is_scored(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from iapt.config.errors import TrainingError, UserError
 from iapt.config.method import MethodConfig
 from iapt.config.schema import Config
+from iapt.folder.summary import Summary, read_summary
 from iapt.methods.labels import LabelPromptConfig
 from iapt.methods.registry import METHODS, MethodSpec, register
 from iapt.methods.settings import load_config
@@ -27,8 +29,8 @@ SHAPE = {
 }  # fmt: skip
 SUMMARY_KEYS = {
     "task", "method", "backbone", "seed", "trainable_params", "metric", "zero_shot", "dev", "test", "best_step",
-    "steps", "train_seconds", "tokens_per_second", "peak_memory_bytes", "status", "versions", "git",
-    "data_fingerprint", "template_hash", "total_steps", "note",
+    "steps", "train_seconds", "tokens_per_second", "peak_memory_bytes", "status", "versions",
+    "data_fingerprint", "template_hash", "total_steps", "device_type",
 }  # fmt: skip
 
 
@@ -66,30 +68,31 @@ def config(
 
 
 @pytest.fixture(scope="module")
-def done(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+def done(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Summary]:
     folder = tmp_path_factory.mktemp("runs") / "one"
     return folder, experiment.run(config(), folder)
 
 
-def test_the_run_folder(done: tuple[Path, dict[str, Any]]):
+def test_the_run_folder(done: tuple[Path, Summary]):
     folder, summary = done
     reports = {"activations.json", "activations.png"}  # IAPT's own
     assert sorted({p.name for p in folder.iterdir()} - reports) == [
         "adapter.json", "adapter.safetensors", "metrics.jsonl", "predictions.jsonl", "summary.json",
     ]  # fmt: skip
-    assert json.loads((folder / "summary.json").read_text()) == summary
-    assert set(summary) >= SUMMARY_KEYS
-    assert summary["status"] == "ok"
-    assert all(0 <= summary[key] <= 1 for key in ("zero_shot", "dev", "test"))
+    assert json.loads((folder / "summary.json").read_text()) == dataclasses.asdict(summary)
+    assert {key for key, value in vars(summary).items() if value is not None} >= SUMMARY_KEYS
+    assert read_summary(folder) == summary
+    assert summary.status == "ok"
+    assert all(0 <= value <= 1 for value in (summary.zero_shot, summary.dev, summary.test))
     records = [json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()]
     right = sum(r["text"] == r["reference"] for r in records)
-    assert summary["test"] == right / len(records) == right / 20
+    assert summary.test == right / len(records) == right / 20
     meta = json.loads((folder / "adapter.json").read_text())
     assert meta["schema_version"] == 1
     assert meta["method"]["name"] == "iapt"
-    assert meta["template_hash"] == summary["template_hash"]
+    assert meta["template_hash"] == summary.template_hash
     assert meta["backbone"]["hidden_size"] == 32
-    assert sum(t.numel() for t in load_file(folder / "adapter.safetensors").values()) == summary["trainable_params"]
+    assert sum(t.numel() for t in load_file(folder / "adapter.safetensors").values()) == summary.trainable_params
 
 
 @pytest.mark.parametrize("method", sorted(METHODS.keys() - {"peft"} | {"lora", "adalora"}))
@@ -103,26 +106,26 @@ def test_evaluate_reproduces_every_method_exactly(tmp_path: Path, method: str, t
     teacher = {source: str(tmp_path / "source")} if source else {}
     summary = experiment.run(config(task, method, teacher, zero_shot=False), tmp_path / "run")
     again = experiment.evaluate(tmp_path / "run", tmp_path / "eval", {})
-    assert again["test"] == summary["test"]
-    assert again["metrics"]["test"] == summary["metrics"]["test"]
+    assert again.test == summary.test
+    assert again.metrics["test"] == summary.metrics["test"]
     assert (tmp_path / "eval" / "predictions.jsonl").read_text() == (tmp_path / "run" / "predictions.jsonl").read_text()
     dev = experiment.evaluate(tmp_path / "run", tmp_path / "dev", {}, "dev")
-    assert dev["dev"] == summary["dev"]
-    assert dev["test"] is None
+    assert dev.dev == summary.dev
+    assert dev.test is None
 
 
-def test_another_task_by_override(done: tuple[Path, dict[str, Any]], tmp_path: Path):
+def test_another_task_by_override(done: tuple[Path, Summary], tmp_path: Path):
     other = yaml.safe_load((Path(__file__).parent.parent / "configs/task/toy/sentiment.yaml").read_text())
     summary = experiment.evaluate(done[0], tmp_path / "eval", {"task": other})
-    assert summary["task"] == "toy/sentiment"
-    assert summary["template_hash"] != done[1]["template_hash"]
+    assert summary.task == "toy/sentiment"
+    assert summary.template_hash != done[1].template_hash
     # A named task replaces the run's whole task, limits included; a single setting is laid over it.
     assert len((tmp_path / "eval" / "predictions.jsonl").read_text().splitlines()) == 400
     experiment.evaluate(done[0], tmp_path / "few", {"seed": 1, "task": {"max_eval_examples": 7}})
     assert len((tmp_path / "few" / "predictions.jsonl").read_text().splitlines()) == 7
 
 
-def test_a_different_backbone_is_refused(done: tuple[Path, dict[str, Any]], tmp_path: Path):
+def test_a_different_backbone_is_refused(done: tuple[Path, Summary], tmp_path: Path):
     with pytest.raises(UserError, match="hidden_size is 16, the adapter's was 32"):
         experiment.evaluate(done[0], tmp_path / "a", {"backbone": {"shape": {"hidden_size": 16}}})
     tensors_differ = {"backbone": {"shape": {"initializer_range": 0.5}}}
@@ -132,7 +135,7 @@ def test_a_different_backbone_is_refused(done: tuple[Path, dict[str, Any]], tmp_
     assert not (tmp_path / "b").exists()
 
 
-def test_unreadable_checkpoints(done: tuple[Path, dict[str, Any]], tmp_path: Path):
+def test_unreadable_checkpoints(done: tuple[Path, Summary], tmp_path: Path):
     def refuse(match: str) -> None:
         with pytest.raises(UserError, match=match):
             experiment.evaluate(tmp_path / "run", tmp_path / "eval", {})
@@ -151,7 +154,7 @@ def test_unreadable_checkpoints(done: tuple[Path, dict[str, Any]], tmp_path: Pat
     refuse("schema version 9")
 
 
-def test_a_finished_folder_is_never_touched(done: tuple[Path, dict[str, Any]]):
+def test_a_finished_folder_is_never_touched(done: tuple[Path, Summary]):
     before = {p: (p.stat().st_mtime_ns, p.read_bytes()) for p in done[0].iterdir()}
     with pytest.raises(UserError, match="already holds a finished run"):
         experiment.run(config(seed=2), done[0])
@@ -160,7 +163,7 @@ def test_a_finished_folder_is_never_touched(done: tuple[Path, dict[str, Any]]):
     assert {p: (p.stat().st_mtime_ns, p.read_bytes()) for p in done[0].iterdir()} == before
 
 
-def test_seeds_decide(tmp_path: Path, done: tuple[Path, dict[str, Any]]):
+def test_seeds_decide(tmp_path: Path, done: tuple[Path, Summary]):
     same = experiment.run(config(), tmp_path / "same")
     other = experiment.run(config(seed=2), tmp_path / "other")
     first = load_file(done[0] / "adapter.safetensors")
@@ -168,7 +171,7 @@ def test_seeds_decide(tmp_path: Path, done: tuple[Path, dict[str, Any]]):
     assert not torch.equal(
         load_file(tmp_path / "other" / "adapter.safetensors")["generators.0.up"], first["generators.0.up"]
     )
-    assert same["best_dev_loss"] == done[1]["best_dev_loss"] != other["best_dev_loss"]
+    assert same.best_dev_loss == done[1].best_dev_loss != other.best_dev_loss
 
 
 def test_a_method_that_diverges_fails_with_its_reason(tmp_path: Path):
@@ -191,8 +194,8 @@ def test_a_dummy_method_walks_the_whole_road(tmp_path: Path):
     register("dummy", MethodSpec(MethodConfig, lambda c, b: Shift(b.hidden_size), lambda c, b: b.hidden_size))
     try:
         summary = experiment.run(config(method="dummy"), tmp_path / "run")
-        assert summary["trainable_params"] == 32
-        assert experiment.evaluate(tmp_path / "run", tmp_path / "eval", {})["test"] == summary["test"]
+        assert summary.trainable_params == 32
+        assert experiment.evaluate(tmp_path / "run", tmp_path / "eval", {}).test == summary.test
     finally:
         del METHODS["dummy"]
 
@@ -252,8 +255,8 @@ def test_a_method_may_look_before_and_after_training(tmp_path: Path, scoring: st
 def test_the_note_says_why_a_trained_method_is_no_better(tmp_path: Path):
     """A learning rate so small that nothing is learned."""
     summary = experiment.run(config(trainer={"learning_rate": 1e-12}), tmp_path / "run")
-    assert "zero-shot" in summary["note"] or "dev loss never fell" in summary["note"]
-    assert json.loads((tmp_path / "run" / "summary.json").read_text())["note"] == summary["note"]
+    assert "zero-shot" in summary.note or "dev loss never fell" in summary.note
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["note"] == summary.note
 
 
 def test_classification_by_generation(tmp_path: Path):
@@ -262,7 +265,7 @@ def test_classification_by_generation(tmp_path: Path):
         tmp_path / "run",
     )
     records = [json.loads(x) for x in (tmp_path / "run" / "predictions.jsonl").read_text().splitlines()]
-    assert summary["test"] == sum(r["text"].startswith(r["reference"]) for r in records) / len(records)
+    assert summary.test == sum(r["text"].startswith(r["reference"]) for r in records) / len(records)
 
 
 def test_a_shape_that_transformers_rejects_is_one_line(tmp_path: Path):

@@ -19,8 +19,8 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a G
 def test_a_run_on_the_gpu_is_reproduced(tmp_path: Path, precision: str):
     changed = config(hardware={"device": "cuda", "precision": precision})
     summary = experiment.run(changed, tmp_path / "run")
-    assert summary["peak_memory_bytes"] > 0
-    assert experiment.evaluate(tmp_path / "run", tmp_path / "eval", {})["test"] == summary["test"]
+    assert summary.peak_memory_bytes > 0
+    assert experiment.evaluate(tmp_path / "run", tmp_path / "eval", {}).test == summary.test
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda c: c.id)
@@ -46,4 +46,4 @@ def test_quantized_backbones_train(tmp_path: Path, kind: str):
         "shape": {},
     }
     changed = config(hardware={"device": "cuda", "precision": "bf16"}, backbone=quantized)
-    assert experiment.run(changed, tmp_path / "run")["status"] == "ok"
+    assert experiment.run(changed, tmp_path / "run").status == "ok"

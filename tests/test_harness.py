@@ -15,6 +15,7 @@ import torch
 from iapt.benchmarks.harness import HarnessConfig, evaluate, problems
 from iapt.config.errors import ConfigError, UserError
 from iapt.config.schema import BackboneConfig
+from iapt.folder.summary import read_summary
 from iapt.methods.registry import spec_of
 from iapt.methods.settings import method_config
 from iapt.model.adapted import AdaptedModel
@@ -238,7 +239,7 @@ def test_tasks_of_ones_own_end_in_the_eval_folder(place: Path, iapt_eval: Callab
     options = (f"checkpoint={place / 'run'}", f"harness.include_path={place / 'tasks'}", "harness.batch_size=2")
     code, out, err = iapt_eval(*options, "harness.tasks=[mine_choice]", "harness.limit=4", "hydra.run.dir=here")
     assert code == 0, err
-    summary = json.loads(Path("here/summary.json").read_text())
+    summary = read_summary(Path("here"))
     samples = [json.loads(line) for line in Path("here/harness_samples.jsonl").read_text().splitlines()]
     results = json.loads(Path("here/harness.json").read_text())
     assert [sample["task"] for sample in samples] == ["mine_choice"] * 4
@@ -256,12 +257,12 @@ def test_tasks_of_ones_own_end_in_the_eval_folder(place: Path, iapt_eval: Callab
         right.append(scores.index(max(scores)) == row["label"])
     model.detach()
     expected = sum(right) / 4
-    assert results["results"]["mine_choice"]["acc,none"] == summary["test"] == expected
-    assert summary["metrics"]["test"]["mine_choice"]["acc"] == expected
-    assert (summary["task"], summary["metric"], summary["status"]) == ("harness/mine_choice", "acc", "ok")
-    assert summary["harness"]["n_samples"]["mine_choice"]["effective"] == 4
-    assert f"mine_choice acc {expected:.4f}" in summary["note"]
-    assert summary["versions"]["lm_eval"]
+    assert results["results"]["mine_choice"]["acc,none"] == summary.test == expected
+    assert summary.metrics["test"]["mine_choice"]["acc"] == expected
+    assert (summary.task, summary.metric, summary.status) == ("harness/mine_choice", "acc", "ok")
+    assert summary.harness["n_samples"]["mine_choice"]["effective"] == 4
+    assert f"mine_choice acc {expected:.4f}" in summary.note
+    assert summary.versions["lm_eval"]
     assert f"{100 * expected:.1f}" in out
     assert "mine_choice" in out
 
@@ -279,9 +280,9 @@ def test_two_tasks_have_no_single_number(place: Path, iapt_eval: Callable[..., A
         "harness.gen_kwargs={max_gen_toks: 3}", "hydra.run.dir=here",
     )  # fmt: skip
     assert code == 0, err
-    summary = json.loads(Path("here/summary.json").read_text())
-    assert set(summary["metrics"]["test"]) == {"mine_choice", "mine_write"}
-    assert (summary["test"], summary["metric"]) == (None, None)
+    summary = read_summary(Path("here"))
+    assert set(summary.metrics["test"]) == {"mine_choice", "mine_write"}
+    assert (summary.test, summary.metric) == (None, None)
     samples = [json.loads(line) for line in Path("here/harness_samples.jsonl").read_text().splitlines()]
     assert {sample["task"] for sample in samples} == {"mine_choice", "mine_write"}
     assert len(samples) == 2 * len(ROWS)

@@ -9,7 +9,6 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
@@ -17,10 +16,11 @@ import torch
 import yaml
 from omegaconf import OmegaConf
 
+import iapt
 from iapt.config.errors import ConfigError, TrainingError, UserError
 from iapt.config.schema import Config, to_dict
+from iapt.folder.summary import Summary, read_summary, write_summary
 from iapt.methods.settings import load_config
-from iapt.model.checkpoint import read_summary
 from iapt.runs.hardware import check_hardware, cores
 from iapt.runs.launch import launch, record_failure
 
@@ -54,8 +54,9 @@ def run(config, folder):
         raise RuntimeError("a bug")
     if action == "killed":
         os.kill(os.getpid(), signal.SIGKILL)
-    summary = {"status": "ok", "task": config.task.name, "method": config.method.name, "dev": 0.5}
-    (folder / "summary.json").write_text(json.dumps(summary))
+    from iapt.folder.summary import Summary, write_summary
+    summary = Summary(status="ok", task=config.task.name, method=config.method.name, dev=0.5)
+    write_summary(folder, summary)
     return summary
 
 stub = types.ModuleType("iapt.runs.experiment")
@@ -79,10 +80,10 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Config, Path]]:
     """Replaces the experiment in this process; the list holds its calls."""
     calls: list[tuple[Config, Path]] = []
 
-    def run(config: Config, folder: Path) -> dict[str, Any]:
+    def run(config: Config, folder: Path) -> Summary:
         calls.append((config, folder))
-        summary = {"status": "ok", "dev": 0.5}
-        (folder / "summary.json").write_text(json.dumps(summary))
+        summary = Summary(status="ok", dev=0.5)
+        write_summary(folder, summary)
         return summary
 
     monkeypatch.setattr("iapt.runs.experiment.run", run)
@@ -94,7 +95,9 @@ def stub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Non
     """Replaces the experiment in child processes and says what it shall do there."""
     (tmp_path / "stub").mkdir()
     (tmp_path / "stub" / "sitecustomize.py").write_text(STUB)
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "stub"))
+    # With this checkout's code, wherever the child is started.
+    checkout = Path(iapt.__file__).parents[1]
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(map(str, (tmp_path / "stub", checkout))))
     return lambda action: monkeypatch.setenv("STUB_ACTION", action)
 
 
@@ -104,7 +107,7 @@ def test_one_process_runs_here_and_the_saved_config_is_plain_and_absolute(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "model").mkdir()
     backbone = {"kind": "pretrained", "path": "model"}
-    assert launch(config_with(data_dir="data", backbone=backbone), tmp_path / "run")["status"] == "ok"
+    assert launch(config_with(data_dir="data", backbone=backbone), tmp_path / "run").status == "ok"
     saved = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
     assert saved["data_dir"] == str(tmp_path / "data")
     assert saved["backbone"]["path"] == str(tmp_path / "model")
@@ -141,7 +144,7 @@ def test_an_interrupted_run_continues_only_as_the_same_run(tmp_path: Path, ran: 
     ]
     assert contents(tmp_path) == before
     may_differ = {"trainer": {"log_every": 1, "eval_batch_size": 2}, "hardware": {"gradient_accumulation": 2}}
-    assert launch(config_with(resume=True, **may_differ), tmp_path)["status"] == "ok"
+    assert launch(config_with(resume=True, **may_differ), tmp_path).status == "ok"
     assert len(ran) == 1
 
 
@@ -149,7 +152,7 @@ def test_a_failure_is_recorded_and_the_next_attempt_starts_clean(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ran: list[tuple[Config, Path]]
 ) -> None:
     def fail(config: Config, folder: Path) -> None:
-        assert read_summary(folder) == {}
+        assert read_summary(folder).status == "unfinished"
         raise TrainingError("the loss is nan")
 
     with monkeypatch.context() as patch:
@@ -158,22 +161,22 @@ def test_a_failure_is_recorded_and_the_next_attempt_starts_clean(
             with pytest.raises(TrainingError):
                 launch(config_with(), tmp_path)
             failed = read_summary(tmp_path)
-            assert (failed["status"], failed["reason"], failed["exit_code"]) == (
+            assert (failed.status, failed.reason, failed.exit_code) == (
                 "failed",
                 "the loss is nan",
                 1,
             )
-            assert (failed["task"], failed["method"], failed["seed"]) == ("t", "iapt", 1)
-    assert launch(config_with(), tmp_path)["status"] == "ok"
+            assert (failed.task, failed.method, failed.seed) == ("t", "iapt", 1)
+    assert launch(config_with(), tmp_path).status == "ok"
 
 
 def test_the_first_failure_stays_and_what_the_run_recorded_too(tmp_path: Path) -> None:
     (tmp_path / "summary.json").write_text('{"status": "failed", "reason": "out of memory", "metric": "accuracy"}')
     assert record_failure(tmp_path, UserError("else"), {})
-    assert read_summary(tmp_path)["reason"] == "out of memory"
-    assert read_summary(tmp_path)["exit_code"] == 2
+    assert read_summary(tmp_path).reason == "out of memory"
+    assert read_summary(tmp_path).exit_code == 2
     assert not record_failure(tmp_path, TrainingError("late"), {})
-    assert read_summary(tmp_path)["exit_code"] == 2
+    assert read_summary(tmp_path).exit_code == 2
 
 
 def test_hardware_that_is_not_there_is_refused_before_anything_is_written(
@@ -229,8 +232,8 @@ def test_what_ends_a_child_process_reaches_the_parent(
     with pytest.raises(error, match=reason):
         launch(config_with(), tmp_path / "run", own_process=True)
     summary = read_summary(tmp_path / "run")
-    assert (summary["status"], summary["exit_code"]) == ("failed", 2 if error is UserError else 1)
-    assert reason in summary["reason"]
+    assert (summary.status, summary.exit_code) == ("failed", 2 if error is UserError else 1)
+    assert reason in summary.reason
     assert ("Traceback" in capfd.readouterr().err) == (action == "bug")
 
 
@@ -242,7 +245,7 @@ def test_two_processes_are_two_gloo_ranks(
     stub("gather")
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     config = config_with(hardware={"num_processes": 2})
-    assert launch(config, tmp_path / "run")["status"] == "ok"
+    assert launch(config, tmp_path / "run").status == "ok"
     ranks = [json.loads((tmp_path / "run" / f"rank{rank}.json").read_text()) for rank in (0, 1)]
     assert len({os.getpid(), *(r["pid"] for r in ranks)}) == 3
     for facts in ranks:
@@ -259,7 +262,7 @@ def test_a_file_in_the_working_directory_is_not_the_library_of_that_name(
     (tmp_path / "omegaconf.py").write_text("raise ImportError('this is a file of the user')")
     monkeypatch.chdir(tmp_path)
     config = config_with(hardware={"num_processes": processes})
-    assert launch(config, tmp_path / "run", own_process=True)["status"] == "ok"
+    assert launch(config, tmp_path / "run", own_process=True).status == "ok"
 
 
 @pytest.mark.full
@@ -286,8 +289,10 @@ def test_an_interrupted_parent_leaves_nothing_running(
     config = config_with(hardware={"num_processes": processes})
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(to_dict(config)))
     code = (
-        "import sys, yaml; from pathlib import Path\n"
+        "import signal, sys, yaml; from pathlib import Path\n"
         "from iapt.methods.settings import load_config; from iapt.runs.launch import launch\n"
+        # A shell starts what it runs in the background with interrupts ignored, and children inherit that.
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "p = Path(sys.argv[1]); config = load_config(yaml.safe_load((p / 'config.yaml').read_text()))\n"
         # As the commands do. What Python itself exits with depends on what libraries run at exit.
         "try: launch(config, p / 'run', own_process=True)\n"

@@ -26,10 +26,11 @@ from iapt.config.paths import CONFIG_DIR
 from iapt.config.schema import to_dict
 from iapt.config.task import TaskConfig
 from iapt.data.task import build_task
+from iapt.folder.files import append_row, read_rows
+from iapt.folder.summary import read_summary
 from iapt.methods.settings import load_config
 from iapt.runs import experiment
 from iapt.runs.restore import build_model, read_saved
-from iapt.runs.rows import append_row, read_rows
 from tests.test_experiment import config
 
 DATA = Path(os.environ.get("IAPT_TEST_DATA", Path(__file__).parents[2] / "shared" / "data"))
@@ -130,9 +131,9 @@ def test_answers_are_in_fastchats_format(place: Path, tmp_path: Path) -> None:
         assert all(isinstance(turn, str) for turn in choice["turns"])
     assert len({row["answer_id"] for row in rows}) == 3
     assert {row["model_id"] for row in rows} == {"random-iapt-1"}
-    assert (summary["task"], summary["method"], summary["test"], summary["status"]) == ("mt_bench", "iapt", None, "ok")
-    assert "3 answers, no judge yet" in summary["note"]
-    assert json.loads((tmp_path / "out" / "summary.json").read_text()) == summary
+    assert (summary.task, summary.method, summary.test, summary.status) == ("mt_bench", "iapt", None, "ok")
+    assert "3 answers, no judge yet" in summary.note
+    assert read_summary(tmp_path / "out") == summary
 
 
 def test_answers_are_the_models_own_whatever_the_batch(place: Path, tmp_path: Path) -> None:
@@ -161,8 +162,8 @@ def test_what_opens_a_text_is_asked_once(place: Path, tmp_path: Path, monkeypatc
     monkeypatch.setattr(mtbench_answers, "opening", lambda *given: asked.append(given) or ())  # type: ignore[func-returns-value]
     summary = evaluate(place / "run", tmp_path / "out", {}, settings(place, batch_size=1))
     assert len(asked) == 1
-    assert summary["preflight"]["status"] == "passed"
-    assert evaluate(place / "run", tmp_path / "out", {"resume": True}, settings(place))["preflight"] is None
+    assert summary.preflight["status"] == "passed"
+    assert evaluate(place / "run", tmp_path / "out", {"resume": True}, settings(place)).preflight is None
 
 
 def test_the_model_that_answers_carries_the_saved_adapter(place: Path) -> None:
@@ -214,7 +215,7 @@ def test_long_conversations_lose_their_beginning_with_a_word(place: Path, tmp_pa
     row = {"question_id": 1, "category": "writing", "turns": ["the red dog " * 60, "the old cat " * 60]}
     (tmp_path / "long.jsonl").write_text(json.dumps(row))
     summary = evaluate(place / "run", tmp_path / "out", {}, settings(place, questions=str(tmp_path / "long.jsonl")))
-    assert "2 of 2 instructions lost their beginning" in summary["note"]
+    assert "2 of 2 instructions lost their beginning" in summary.note
     with pytest.raises(UserError, match=r"mt_bench.max_new_tokens = 500: leaves no room"):
         evaluate(place / "run", tmp_path / "no", {}, settings(place, max_new_tokens=500))
     assert not (tmp_path / "no").exists()
@@ -321,13 +322,13 @@ def test_grades_by_turn_and_category(place: Path, tmp_path: Path, stub: Stub, mo
     monkeypatch.setenv("MY_KEY", "secret")
     given = settings(place, stub.url, judge_api_key_env="MY_KEY", judge_references=str(place / "reference.jsonl"))
     summary = evaluate(place / "run", tmp_path / "out", {}, given)
-    grades = summary["mt_bench"]["grades"]
+    grades = summary.mt_bench["grades"]
     assert grades["turns"] == {"1": pytest.approx((2 + 6 + 6) / 3), "2": pytest.approx((3 + 7 + 7) / 3)}
     assert grades["categories"] == {"writing": 2.5, "math": 6.5}
     assert grades["mean"] == pytest.approx(31 / 6)
     assert (grades["n_judged"], grades["n_failed"]) == (6, 0)
-    assert summary["test"] == pytest.approx(3.1 / 6)
-    assert summary["metrics"]["test"]["rating"] == grades["mean"]
+    assert summary.test == pytest.approx(3.1 / 6)
+    assert summary.metrics["test"]["rating"] == grades["mean"]
     assert stub.keys == ["Bearer secret"] * 6
     assert not [p for p in (tmp_path / "out").rglob("*") if p.is_file() and b"secret" in p.read_bytes()]
     assert {(body["model"], body["temperature"]) for body in stub.asked} == {("stub", 0)}
@@ -353,18 +354,18 @@ def test_a_second_step_judges_answers_that_are_there(
     before = (tmp_path / "out" / "answers.jsonl").read_bytes()
     monkeypatch.setattr(mtbench, "build_model", lambda saved: pytest.fail("no model is needed"))
     summary = evaluate(place / "run", tmp_path / "out", {}, settings(place, stub.url))
-    assert (summary["test"], len(stub.asked)) == (0.7, 6)
+    assert (summary.test, len(stub.asked)) == (0.7, 6)
     judged = (tmp_path / "out" / "judgments.jsonl").read_bytes()
     # Once more: nothing is asked, nothing changes.
     again = evaluate(place / "run", tmp_path / "out", {}, settings(place, stub.url))
-    assert (again["test"], len(stub.asked)) == (0.7, 6)
+    assert (again.test, len(stub.asked)) == (0.7, 6)
     assert (tmp_path / "out" / "answers.jsonl").read_bytes() == before
     assert (tmp_path / "out" / "judgments.jsonl").read_bytes() == judged
     # Another judge has grades of its own, and the first one's stay.
     stub.reply = lambda stub, body: "[[3]]"
     other = settings(place, stub.url)
     other.judge.model = "other"
-    assert evaluate(place / "run", tmp_path / "out", {}, other)["test"] == 0.3
+    assert evaluate(place / "run", tmp_path / "out", {}, other).test == 0.3
     assert (tmp_path / "out" / "judgments.jsonl").read_bytes().startswith(judged)
 
 
@@ -391,7 +392,7 @@ def test_a_failure_is_retried(place: Path, tmp_path: Path, stub: Stub, broken: A
         return broken if seen[text] <= 2 else "[[6]]"
 
     stub.reply = reply
-    grades = evaluate(place / "run", tmp_path / "out", {}, settings(place, stub.url))["mt_bench"]["grades"]
+    grades = evaluate(place / "run", tmp_path / "out", {}, settings(place, stub.url)).mt_bench["grades"]
     assert (grades["mean"], grades["n_judged"], grades["n_failed"]) == (6, 6, 0)
     assert list(seen.values()) == [3] * 6
 
@@ -404,14 +405,14 @@ def test_what_keeps_failing_is_counted_left_out_and_asked_again_next_time(
 
     stub.reply = reply
     summary = evaluate(place / "run", tmp_path / "out", {}, settings(place, stub.url))
-    grades = summary["mt_bench"]["grades"]
+    grades = summary.mt_bench["grades"]
     assert (grades["mean"], grades["n_judged"], grades["n_failed"]) == (8, 4, 2)
     assert [(f["question_id"], f["turn"]) for f in grades["failures"]] == [(9, 1), (9, 2)]
     assert "HTTP 503" in grades["failures"][0]["reason"]
-    assert "2 of 6 judgments failed" in summary["note"]
+    assert "2 of 6 judgments failed" in summary.note
     assert len(stub.asked) == 4 + 2 * 3
     stub.reply = lambda stub, body: "[[2]]"
-    grades = evaluate(place / "run", tmp_path / "out", {}, settings(place, stub.url))["mt_bench"]["grades"]
+    grades = evaluate(place / "run", tmp_path / "out", {}, settings(place, stub.url)).mt_bench["grades"]
     assert (grades["mean"], grades["n_judged"], grades["n_failed"]) == (6, 6, 0)
     assert len(stub.asked) == 10 + 2
 
@@ -430,7 +431,7 @@ def test_a_judge_that_never_answers(place: Path, tmp_path: Path, stub: Stub) -> 
 
 def test_a_prompt_that_the_judge_cannot_take_fails_alone_and_at_once(place: Path, tmp_path: Path, stub: Stub) -> None:
     stub.reply = lambda stub, body: 400 if "3 + 1" in body["messages"][1]["content"] else "[[8]]"
-    grades = evaluate(place / "run", tmp_path / "out", {}, settings(place, stub.url))["mt_bench"]["grades"]
+    grades = evaluate(place / "run", tmp_path / "out", {}, settings(place, stub.url)).mt_bench["grades"]
     assert (grades["n_judged"], grades["n_failed"], len(stub.asked)) == (4, 2, 6)
 
 

@@ -452,7 +452,7 @@ def test_the_message_names_what_works_there(tmp_path: Path, monkeypatch: pytest.
     family = {"right": ["lora", "bitfit"], "refused": {"para": "no inner map"}}
     known.VERIFIED.write_text(json.dumps({"transformers": "5.0", "families": {"mpt": family}}))
     assert known.known_there("llama", "lora") == "no method was tested there"
-    assert known.known_there("mpt", "iapt") == "known to be right there: lora, bitfit"
+    assert known.known_there("mpt", "iapt") == "known to be right there (transformers 5.0): lora, bitfit"
     assert "no inner map" in known.known_there("mpt", "para")
 
 
@@ -461,20 +461,20 @@ def test_the_message_names_what_works_there(tmp_path: Path, monkeypatch: pytest.
 
 def test_a_run_and_its_evaluation_show_the_figures(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     summary = experiment.run(config(zero_shot=False), tmp_path / "on")
-    assert json.loads((tmp_path / "on" / "summary.json").read_text())["preflight"] == summary["preflight"]
-    assert summary["preflight"]["status"] == "passed"
-    assert set(checks.WHAT) <= set(summary["preflight"])
+    assert json.loads((tmp_path / "on" / "summary.json").read_text())["preflight"] == summary.preflight
+    assert summary.preflight["status"] == "passed"
+    assert set(checks.WHAT) <= set(summary.preflight)
     assert len(re.findall(r"^preflight: passed in .*$", capsys.readouterr().out, re.MULTILINE)) == 1
     off = experiment.run(config(zero_shot=False, preflight="off"), tmp_path / "off")
-    assert off["preflight"] == {"status": "off"}
+    assert off.preflight == {"status": "off"}
     # It changes no result.
-    assert off["metrics"] == summary["metrics"]
+    assert off.metrics == summary.metrics
     for name in ("predictions.jsonl", "adapter.safetensors"):
         assert (tmp_path / "on" / name).read_bytes() == (tmp_path / "off" / name).read_bytes()
     again = experiment.evaluate(tmp_path / "off", tmp_path / "eval", {"preflight": "auto"})
-    assert again["preflight"]["status"] == "passed"
-    assert again["metrics"]["test"] == summary["metrics"]["test"]
-    assert experiment.evaluate(tmp_path / "off", tmp_path / "eval2", {})["preflight"] == {"status": "off"}
+    assert again.preflight["status"] == "passed"
+    assert again.metrics["test"] == summary.metrics["test"]
+    assert experiment.evaluate(tmp_path / "off", tmp_path / "eval2", {}).preflight == {"status": "off"}
 
 
 def test_a_run_that_would_be_wrong_never_takes_a_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -1,12 +1,12 @@
 """A search: what is proposed, what it is told, and that it goes on where it stopped."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from iapt.config.errors import TrainingError
+from iapt.folder.summary import Summary, write_summary
 from tests.test_cli import Command, Runs
 from tests.test_cli import command as command
 from tests.test_cli import runs as runs
@@ -21,11 +21,11 @@ def values(runs: Runs) -> list[tuple[int, float]]:
 
 
 def test_four_trials_by_their_dev_value(runs: Runs, command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
-    def run(config: Any, folder: Path) -> dict[str, Any]:
+    def run(config: Any, folder: Path) -> Summary:
         summary = Runs.run(runs, config, folder)
         # Test would have it the other way round.
-        summary |= {"dev": config.method.bottleneck / 100, "test": 1 - config.method.bottleneck / 100}
-        (folder / "summary.json").write_text(json.dumps(summary))
+        summary.dev, summary.test = config.method.bottleneck / 100, 1 - config.method.bottleneck / 100
+        write_summary(folder, summary)
         return summary
 
     monkeypatch.setattr("iapt.runs.launch._run_in_child", run)

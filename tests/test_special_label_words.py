@@ -12,6 +12,7 @@ from tokenizers import AddedToken
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from iapt.config.errors import UserError
+from iapt.folder.summary import Summary
 from iapt.model.backbone import TINY_DIR
 from iapt.runs import experiment
 from tests.test_experiment import config
@@ -34,7 +35,7 @@ def backbone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return {"name": "special", "kind": "pretrained", "path": str(folder), "shape": {}}
 
 
-def train(backbone: dict[str, Any], folder: Path, words: list[str], **task: Any) -> dict[str, Any]:
+def train(backbone: dict[str, Any], folder: Path, words: list[str], **task: Any) -> Summary:
     changes = {"label_words": words, "max_train_examples": 800, "max_eval_examples": 40, **task}
     trainer = {"max_steps": 120, "eval_every": 40, "learning_rate": 1e-3, "batch_size": 16}
     return experiment.run(
@@ -53,10 +54,10 @@ def labels(folder: Path) -> list[int]:
 )
 def test_every_way_of_reading_labels_finds_the_same(backbone: dict[str, Any], tmp_path: Path, words: list[str]) -> None:
     summary = train(backbone, tmp_path / "run", words)
-    assert summary["test"] > 0.9
+    assert summary.test > 0.9
     for scoring in SCORINGS:
         again = experiment.evaluate(tmp_path / "run", tmp_path / scoring, {"task": {"scoring": scoring}})
-        assert again["test"] == summary["test"]
+        assert again.test == summary.test
         assert labels(tmp_path / scoring) == labels(tmp_path / "run")
 
 
@@ -67,9 +68,9 @@ def test_a_word_that_ends_or_fills_a_text_is_scored_but_never_decoded(
 ) -> None:
     words = [word, "<|yes|>"]
     summary = train(backbone, tmp_path / "run", words)
-    assert summary["test"] > 0.9
+    assert summary.test > 0.9
     again = experiment.evaluate(tmp_path / "run", tmp_path / "constrained", {"task": {"scoring": "constrained"}})
-    assert again["test"] == summary["test"]
+    assert again.test == summary.test
     says = f"task.label_words: '{word}' cannot be told in a generated text"
     with pytest.raises(UserError, match=says):
         experiment.evaluate(tmp_path / "run", tmp_path / "generation", {"task": {"scoring": "generation"}})

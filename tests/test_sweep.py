@@ -16,8 +16,8 @@ import psutil
 import pytest
 
 from iapt.config.errors import TrainingError
+from iapt.folder.summary import Summary, read_summary
 from iapt.methods.settings import load_config
-from iapt.model.checkpoint import read_summary
 from iapt.runs import sweep
 from iapt.runs.hardware import cores
 from tests.test_cli import Command, Runs
@@ -92,7 +92,7 @@ def test_a_cell_under_work_is_kept_from_others_until_the_last_process_ends(tmp_p
         (tmp_path / "1").mkdir()
         with sweep.claim(tmp_path, tmp_path / "1", "aa") as second:
             assert (second.folder, second.free) == (tmp_path / "0", False)
-            assert second.settled(True) == {"status": "running"}
+            assert second.settled(True) == Summary(status="running")
         assert not (tmp_path / "1").exists()
         with sweep.claim(tmp_path, tmp_path / "0", "bb") as other:  # another cell lies in its folder
             assert (other.folder, other.free) == (tmp_path / "0-2", True)
@@ -197,7 +197,7 @@ def test_killed_half_way_and_started_again_it_is_the_same_sweep(
     wait_for(lambda: (tmp_path / "s/1/state/latest.pt").exists(), process)
     kill(process)
     first = contents(tmp_path / "s" / "0")
-    assert read_summary(tmp_path / "s" / "0")["status"] == "ok"
+    assert read_summary(tmp_path / "s" / "0").status == "ok"
     assert not (tmp_path / "s" / "1" / "summary.json").exists()
 
     again = started(tmp_path, *arguments)

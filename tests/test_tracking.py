@@ -21,7 +21,7 @@ def records(folder: Path) -> list[dict]:
 def test_offline_wandb_gets_what_the_jsonl_gets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("WANDB_SILENT", "true")
     wandb = {"name": "wandb", "mode": "offline", "project": "test"}
-    assert experiment.run(config(tracking=wandb), tmp_path / "run")["status"] == "ok"
+    assert experiment.run(config(tracking=wandb), tmp_path / "run").status == "ok"
     assert records(tmp_path / "run")
     assert list((tmp_path / "run" / "wandb").glob("offline-run-*/run-*.wandb"))
 

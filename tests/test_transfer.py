@@ -81,13 +81,13 @@ def test_a_run_says_where_it_started_and_is_scored_without_it(source: Source, tm
     folder = shutil.copytree(source[0], tmp_path / "source")
     run = tmp_path / "run"
     summary = experiment.run(small(method={"init_from": str(folder)}), run)
-    assert summary["init_from"] == {
+    assert summary.init_from == {
         "folder": str(folder), "task": "toy/entailment", "seed": 1, "method": "prompt_tuning",
     }  # fmt: skip
-    assert experiment.run(small(), tmp_path / "fresh")["init_from"] is None
+    assert experiment.run(small(), tmp_path / "fresh").init_from is None
     shutil.rmtree(folder)
     again = experiment.evaluate(run, tmp_path / "again", {})
-    assert again["test"] == summary["test"]
+    assert again.test == summary.test
 
 
 def test_a_resumed_run_goes_on_from_its_own_state(source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -108,7 +108,7 @@ def test_a_resumed_run_goes_on_from_its_own_state(source: Source, tmp_path: Path
     assert state is not None
     assert not same(state["adapter"], source[1])
     resumed = experiment.run(replace(small(**changes), resume=True), run)
-    assert resumed["best_dev_loss"] == whole["best_dev_loss"]
+    assert resumed.best_dev_loss == whole.best_dev_loss
     assert same(load_file(run / "adapter.safetensors"), load_file(tmp_path / "whole" / "adapter.safetensors"))
 
 

@@ -149,9 +149,9 @@ def test_a_run_answers_with_label_words_alone(tmp_path: Path):
         summary = experiment.run(config(task={**settings, "num_beams": beams}), tmp_path / name)
         lines = [json.loads(line) for line in (tmp_path / name / "predictions.jsonl").read_text().splitlines()]
         assert {(line["label"], line["text"]) for line in lines} <= {(0, "not entailed"), (1, "not")}
-        assert "ece" not in summary["metrics"]["test"]
+        assert "ece" not in summary.metrics["test"]
     again = experiment.evaluate(tmp_path / "beams", tmp_path / "again", {})
-    assert again["metrics"]["test"] == summary["metrics"]["test"]
+    assert again.metrics["test"] == summary.metrics["test"]
 
 
 def test_without_eos_a_label_word_cannot_end(monkeypatch: pytest.MonkeyPatch):

@@ -24,7 +24,9 @@ from typing import Any
 from iapt.config.errors import UserError
 from iapt.config.fields import at_least
 from iapt.config.releases import beyond_tested
-from iapt.model.checkpoint import SUMMARY, refuse_finished, write_json
+from iapt.folder.files import write_json, write_rows
+from iapt.folder.names import HARNESS, HARNESS_SAMPLES
+from iapt.folder.summary import OK, Summary, refuse_finished, write_summary
 from iapt.runs.provenance import circumstances
 from iapt.runs.restore import build_model, read_saved, refuse_bound_to_task
 
@@ -33,7 +35,7 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class HarnessConfig:
-    """What of the harness to run; empty `tasks` for nothing."""
+    """The tasks of the harness to run, and how. With no `tasks` nothing is run."""
 
     tasks: list[str] = field(default_factory=list)  # names, groups, tags or patterns of the harness
     num_fewshot: int | None = at_least(None, 0)  # null: as each task says
@@ -45,7 +47,7 @@ class HarnessConfig:
 
 
 def problems(config: HarnessConfig) -> list[str]:
-    """What is wrong with the settings before anything is loaded, one line each."""
+    """List what is wrong with the settings before anything is loaded, one line each."""
     found = []
     if not config.tasks:
         given = [name for name, value in vars(config).items() if value]
@@ -59,7 +61,7 @@ def problems(config: HarnessConfig) -> list[str]:
     return found
 
 
-def evaluate(checkpoint: Path, folder: Path, overrides: dict[str, Any], config: HarnessConfig) -> dict[str, Any]:
+def evaluate(checkpoint: Path, folder: Path, overrides: dict[str, Any], config: HarnessConfig) -> Summary:
     """Run tasks of the harness on a saved adapter.
 
     Args:
@@ -69,8 +71,8 @@ def evaluate(checkpoint: Path, folder: Path, overrides: dict[str, Any], config: 
         config: which tasks, and how.
 
     Returns:
-        The content of `summary.json`. `metrics` maps every task and group to what the harness measured; `test` is
-        the first metric of the one task that was asked for, null where there are several or it is no fraction of 1.
+        A summary whose `metrics` maps every task and group to what the harness measured; `test` is the first metric of
+        the one task that was asked for, null where there are several or it is no fraction of 1.
 
     Raises:
         UserError: an unreadable checkpoint, unknown tasks, tasks whose data cannot be loaded, a text with no room.
@@ -114,29 +116,25 @@ def evaluate(checkpoint: Path, folder: Path, overrides: dict[str, Any], config: 
     for note in lm.notes():
         log.warning(note)
     shots = results.get("n-shot")
-    summary = {
-        "task": "harness/" + (config.tasks[0] if len(config.tasks) == 1 else f"{len(config.tasks)} tasks"),
+    summary = Summary(
+        task="harness/" + (config.tasks[0] if len(config.tasks) == 1 else f"{len(config.tasks)} tasks"),
         **saved.identity(),
-        "metric": metric,
-        "zero_shot": None,
-        "dev": None,
-        "test": value if value is not None and 0 <= value <= 1 else None,
-        "metrics": {"test": numbers},
-        "harness": {"n_shot": shots, "limit": config.limit, "n_samples": results.get("n-samples"), "cut": lm.cut},
-        "data_fingerprint": _fingerprint([results.get(key) for key in ("task_hashes", "versions")], shots, samples),
-        "note": "; ".join([*notes, *lm.notes()]),
-        "preflight": model.preflight,
-        "status": "ok",
-        "eval_seconds": round(time.perf_counter() - start, 3),
+        metric=metric,
+        test=value if value is not None and 0 <= value <= 1 else None,
+        metrics={"test": numbers},
+        harness={"n_shot": shots, "limit": config.limit, "n_samples": results.get("n-samples"), "cut": lm.cut},
+        data_fingerprint=_fingerprint([results.get(key) for key in ("task_hashes", "versions")], shots, samples),
+        note="; ".join([*notes, *lm.notes()]),
+        preflight=model.preflight,
+        status=OK,
+        eval_seconds=round(time.perf_counter() - start, 3),
         **circumstances(accelerator),
-    }
-    summary["versions"]["lm_eval"] = importlib.metadata.version("lm_eval")
+    )
+    summary.versions["lm_eval"] = importlib.metadata.version("lm_eval")
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "harness_samples.jsonl").open("w", encoding="utf-8") as file:
-        for name, records in samples.items():
-            file.writelines(json.dumps({"task": name, **r}, ensure_ascii=False) + "\n" for r in records)
-    write_json(folder / "harness.json", results)
-    write_json(folder / SUMMARY, summary)
+    write_rows(folder / HARNESS_SAMPLES, ({"task": name, **r} for name, records in samples.items() for r in records))
+    write_json(folder / HARNESS, results)
+    write_summary(folder, summary)
     return summary
 
 
@@ -178,7 +176,7 @@ def _metrics(row: dict[str, Any]) -> dict[str, float]:
 
 
 def _fingerprint(parts: list[Any], shots: Any, samples: dict[str, list[dict[str, Any]]]) -> str:
-    """Of the tasks' definitions and of the very prompts: results that differ here are not of the same thing."""
+    """Hash the tasks' definitions and the very prompts: results that differ here are not of the same thing."""
     prompts = {name: [r.get("prompt_hash") for r in records] for name, records in samples.items()}
     text = json.dumps([*parts, shots, prompts], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -55,7 +55,7 @@ class AdaptedLM(TemplateLM):  # type: ignore[misc]
         self._device = model.lm.device
 
     def notes(self) -> list[str]:
-        """What the user should be told about contexts that did not fit."""
+        """List what the user should be told about contexts that did not fit."""
         return [
             f"{count} contexts of {kind} requests lost their beginning ({self.max_length} tokens fit)"
             for kind, count in self.cut.items()
@@ -68,7 +68,7 @@ class AdaptedLM(TemplateLM):  # type: ignore[misc]
 
     @property
     def prefix_token_id(self) -> int:
-        """What an empty context becomes: bos, or eos where there is none."""
+        """The token that stands in for an empty context: bos, or eos where there is none."""
         bos = self.tokenizer.bos_token_id
         return self.eot_token_id if bos is None else int(bos)
 
@@ -179,7 +179,7 @@ class AdaptedLM(TemplateLM):  # type: ignore[misc]
         return [postprocess_generated_text(text, stops, None) for text in decoded]
 
     def _keep(self, context: Ids, following: int, kind: str = "likelihood") -> Ids:
-        """What of a context fits before so many further tokens."""
+        """Truncate a context to leave room for `following` tokens."""
         if self.max_length is None:
             return context
         limit = self.max_length - following

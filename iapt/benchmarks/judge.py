@@ -23,7 +23,7 @@ from typing import Any
 
 from iapt.config.errors import TrainingError, UserError
 from iapt.config.fields import at_least
-from iapt.runs.rows import append_row, read_rows
+from iapt.folder.files import append_row, read_rows
 
 log = logging.getLogger(__name__)
 
@@ -80,7 +80,7 @@ class RefusedError(Exception):
 
 
 def problems(config: JudgeConfig) -> list[str]:
-    """What is wrong with the settings, one line each."""
+    """List what is wrong with the settings, one line each."""
     if not config.base_url:
         given = [k for k in ("model", "references") if getattr(config, k)]
         return [f"mt_bench.judge.{k}: does nothing without mt_bench.judge.base_url" for k in given]
@@ -118,7 +118,7 @@ def read_references(path: str | None) -> dict[Any, list[str]]:
 
 
 def prompt(question: Question, answers: Sequence[str], reference: Sequence[str], turn: int) -> str:
-    """What the judge is asked about turn 1 or 2; `reference` is [] or both turns' reference answers."""
+    """Return the messages that ask the judge about turn 1 or 2; `reference` is [] or both turns' reference answers."""
     shown = [f"[Reference answer, turn {i}]\n{text}\n\n" for i, text in enumerate(reference[:turn], 1)]
     compare = "Compare it with the reference answer and name its mistakes first. " if shown else ""
     if turn == 1:

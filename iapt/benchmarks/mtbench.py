@@ -35,20 +35,19 @@ from iapt.benchmarks.mtbench_answers import Answerer, Layout
 from iapt.config.errors import UserError
 from iapt.config.fields import at_least
 from iapt.config.schema import to_dict
+from iapt.folder.files import append_row, read_rows, write_json
+from iapt.folder.names import ADAPTER, ANSWERS, JUDGMENTS, MT_BENCH
+from iapt.folder.summary import OK, Summary, read_summary, refuse_finished, write_summary
 from iapt.model.adapted import AdaptedModel
-from iapt.model.checkpoint import ADAPTER, SUMMARY, read_summary, refuse_finished, write_json
 from iapt.runs.provenance import circumstances
 from iapt.runs.restore import Saved, build_model, read_saved, refuse_bound_to_task
-from iapt.runs.rows import append_row, read_rows
 
 log = logging.getLogger(__name__)
-
-ANSWERS, JUDGMENTS, IDENTITY = "answers.jsonl", "judgments.jsonl", "mt_bench.json"
 
 
 @dataclass
 class MtBenchConfig:
-    """Which questions, and how they are answered; null `questions` for nothing."""
+    """The questions, and how they are answered. With `questions` null nothing is run."""
 
     questions: str | None = None  # FastChat's question.jsonl
     column: str | None = None  # of the task's template that takes a question; null: its only one, or `instruction`
@@ -61,7 +60,7 @@ class MtBenchConfig:
 
 
 def problems(config: MtBenchConfig) -> list[str]:
-    """What is wrong with the settings before anything is loaded, one line each."""
+    """List what is wrong with the settings before anything is loaded, one line each."""
     if config.questions is None:
         default = MtBenchConfig()
         given = [name for name, value in vars(config).items() if value != getattr(default, name)]
@@ -74,7 +73,7 @@ def problems(config: MtBenchConfig) -> list[str]:
     return found + judge.problems(config.judge)
 
 
-def evaluate(checkpoint: Path, folder: Path, overrides: dict[str, Any], config: MtBenchConfig) -> dict[str, Any]:
+def evaluate(checkpoint: Path, folder: Path, overrides: dict[str, Any], config: MtBenchConfig) -> Summary:
     """Answer the questions that have no answer yet and, with a judge, grade what has no grade yet.
 
     Args:
@@ -84,14 +83,14 @@ def evaluate(checkpoint: Path, folder: Path, overrides: dict[str, Any], config: 
         config: questions and judge.
 
     Returns:
-        The content of `summary.json`; `test` is the mean rating divided by 10, null without a judge.
+        A summary whose `test` is the mean rating divided by 10, null without a judge.
 
     Raises:
         UserError: bad questions, another benchmark's folder, a template that no question fits into, a judge that
             refuses the key or the model.
         TrainingError: a judge that graded nothing.
     """
-    if "mt_bench" not in read_summary(folder):
+    if read_summary(folder).mt_bench is None:
         refuse_finished(folder)
     assert config.questions is not None
     source = Path(config.questions).expanduser()
@@ -110,7 +109,7 @@ def evaluate(checkpoint: Path, folder: Path, overrides: dict[str, Any], config: 
         model, accelerator = build_model(saved)
         answerer = Answerer(model, layout, config.max_new_tokens, saved.config.seed)
         folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / IDENTITY, identity)
+        write_json(folder / MT_BENCH, identity)
         size = config.batch_size or saved.config.trainer.eval_batch_size
         for temperature, batch in _batches(missing, config, size):
             for question, turns in zip(batch, answerer(batch, temperature), strict=True):
@@ -129,24 +128,22 @@ def evaluate(checkpoint: Path, folder: Path, overrides: dict[str, Any], config: 
         judge.refuse_nothing(grades)
         if failures:
             notes.append(f"{len(failures)} of {2 * len(questions)} judgments failed; the same command retries them")
-    summary = {
-        "task": "mt_bench",
+    summary = Summary(
+        task="mt_bench",
         **saved.identity(),
-        "metric": "rating/10",
-        "zero_shot": None,
-        "dev": None,
-        "test": grades["mean"] / 10 if grades else None,
-        "metrics": {"test": {"rating": grades["mean"]} if grades else {}},
-        "mt_bench": {"questions": len(questions), "model_id": identity["model_id"], "grades": grades or None},
-        "data_fingerprint": identity["questions"],
-        "template_hash": identity["layout"],
-        "note": "; ".join([*notes, *([] if grades else [f"{len(answers)} answers, no judge yet"])]) or None,
-        "preflight": model.preflight if model else None,
-        "status": "ok",
-        "eval_seconds": round(time.perf_counter() - start, 3),
+        metric="rating/10",
+        test=grades["mean"] / 10 if grades else None,
+        metrics={"test": {"rating": grades["mean"]} if grades else {}},
+        mt_bench={"questions": len(questions), "model_id": identity["model_id"], "grades": grades or None},
+        data_fingerprint=identity["questions"],
+        template_hash=identity["layout"],
+        note="; ".join([*notes, *([] if grades else [f"{len(answers)} answers, no judge yet"])]) or None,
+        preflight=model.preflight if model else None,
+        status=OK,
+        eval_seconds=round(time.perf_counter() - start, 3),
         **circumstances(accelerator),
-    }
-    write_json(folder / SUMMARY, summary)
+    )
+    write_summary(folder, summary)
     return summary
 
 
@@ -194,7 +191,7 @@ def _answer(question: Question, turns: tuple[str, str], model_id: str) -> dict[s
 
 
 def _identity(saved: Saved, config: MtBenchConfig, layout: Layout, questions: Path) -> dict[str, Any]:
-    """What decides the answers; a folder holds answers of one such thing."""
+    """Return what decides the answers; a folder holds answers of one such thing."""
     named = saved.config
     identity = {
         "model_id": config.model_id or f"{named.backbone.name}-{named.method.name}-{named.seed}",
@@ -216,7 +213,7 @@ def _digest(data: bytes) -> str:
 
 
 def _check_folder(folder: Path, identity: dict[str, Any]) -> None:
-    path = folder / IDENTITY
+    path = folder / MT_BENCH
     if not path.is_file():
         for name in (ANSWERS, JUDGMENTS):
             if (folder / name).exists():

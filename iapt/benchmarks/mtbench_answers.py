@@ -20,7 +20,7 @@ from iapt.runs.restore import batch_of, room
 
 
 class Layout:
-    """How questions become instructions: as the rows that the adapter was trained on did.
+    """The layout by which questions become instructions, as the rows that the adapter was trained on did.
 
     The second turn is two such rows in succession: [first instruction, separator, answer, joiner, second instruction].
 
@@ -73,7 +73,7 @@ class Answerer:
     Args:
         model: any method, any backbone.
         layout: how the turns become instructions.
-        max_new_tokens: of one answer; what they leave of the context is the instructions'.
+        max_new_tokens: maximum tokens of one answer; the rest of the context is available to the prompt.
         seed: of sampling.
 
     Raises:
@@ -102,7 +102,7 @@ class Answerer:
         return list(zip(firsts, seconds, strict=True))
 
     def notes(self) -> list[str]:
-        """What the user should be told about instructions that did not fit."""
+        """List what the user should be told about instructions that did not fit."""
         if not self.cut:
             return []
         return [f"{self.cut} of {self.total} instructions lost their beginning ({self.limit} tokens are left for them)"]

@@ -6,6 +6,7 @@ Exit codes: 0 done, 1 a run failed, 2 bad input, 130 interrupted. Set HYDRA_FULL
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import importlib.util
 import os
 import shlex
@@ -28,9 +29,10 @@ from yaml import YAMLError
 
 from iapt.config.errors import ConfigError, TrainingError, UserError
 from iapt.config.paths import CONFIG_DIR
+from iapt.folder.summary import FAILED, Summary, names_in, read_summary
 
 # (composed configuration, run folder, whether it is a job of a sweep) -> summary
-Job = Callable[[DictConfig, Path, bool], dict[str, Any]]
+Job = Callable[[DictConfig, Path, bool], Summary]
 # composed configuration -> its problems
 Check = Callable[[DictConfig], list[str]]
 # composed configuration -> the hash by which a sweep finds its cell again
@@ -40,7 +42,7 @@ LAUNCHERS = {"joblib": "parallel", "submitit_local": "slurm", "submitit_slurm": 
 
 @dataclass
 class _Outcome:
-    """What the job leaves for the command, because Hydra would wrap an exception and print it twice."""
+    """The outcome that the job leaves for the command, because Hydra would wrap an exception and print it twice."""
 
     error: UserError | TrainingError | None = None
     place: str = ""  # the override that leads back to this run or sweep
@@ -158,7 +160,7 @@ def _need_one_command(args: argparse.Namespace) -> None:
 
 
 def _is_of_hydra(error: BaseException) -> bool:
-    """Whether Hydra itself raised it, not a job that Hydra ran."""
+    """Say whether Hydra itself raised the error, and not a job that Hydra ran."""
     frames = list(traceback.walk_tb(error.__traceback__))
     return bool(str(frames[-1][0].f_globals.get("__name__")).startswith("hydra."))
 
@@ -185,6 +187,7 @@ def _run_job(composed: DictConfig, job: Job, outcome: _Outcome, identify: Identi
     in_sweep = settings.mode == RunMode.MULTIRUN
     key = "sweep" if in_sweep else "run"
     outcome.place = f"hydra.{key}.dir={os.path.relpath(settings.sweep.dir if in_sweep else folder)}"
+    summary: Summary | None = None
     if in_sweep and identify:
         summary = _run_cell(composed, job, identify, Path(settings.sweep.dir).absolute(), folder)
     elif in_sweep:
@@ -193,18 +196,18 @@ def _run_job(composed: DictConfig, job: Job, outcome: _Outcome, identify: Identi
         try:
             summary = job(composed, folder, False)
         except (UserError, TrainingError) as error:
-            outcome.error, summary = error, {}
+            outcome.error = error
         finally:
             if not any(folder.iterdir()):
                 folder.rmdir()  # Hydra made it; nothing happened in it
         if summary:
             from iapt.cli.tables import print_summaries
 
-            print_summaries([{**summary, "folder": str(folder)}])
-    return float("nan") if summary.get("dev") is None else float(summary["dev"])
+            print_summaries([(folder, summary)])
+    return float("nan") if summary is None or summary.dev is None else summary.dev
 
 
-def _run_cell(composed: DictConfig, job: Job, identify: Identify, sweep: Path, folder: Path) -> dict[str, Any]:
+def _run_cell(composed: DictConfig, job: Job, identify: Identify, sweep: Path, folder: Path) -> Summary:
     """Run the job unless its cell is settled; the cell's summary."""
     from iapt.runs.sweep import claim, note_job
 
@@ -212,20 +215,20 @@ def _run_cell(composed: DictConfig, job: Job, identify: Identify, sweep: Path, f
     if composed.sweep.retry not in allowed:  # of the whole sweep, so no row of its table
         folder.rmdir()
         raise ConfigError([f"sweep.retry = {composed.sweep.retry!r}: allowed are {', '.join(allowed)}"])
-    with claim(sweep, folder, identify(composed)) as cell:
-        settled = cell.settled(retry=composed.sweep.retry == "failed" or composed.resume is True)
-        summary = _run_recorded(composed, job, cell.folder) if settled is None else settled
-        names = {key: composed[key].get("name") for key in ("task", "method")} | {"seed": composed.seed}
-        note_job(sweep, cell.folder, {**names, **summary}, ran=settled is None)
+    with claim(sweep, folder, identify(composed)) as held:
+        settled = held.settled(retry=composed.sweep.retry == "failed" or composed.resume is True)
+        summary = _run_recorded(composed, job, held.folder) if settled is None else settled
+        if summary.task is None:  # of a run that another process is at work on
+            summary = dataclasses.replace(summary, **names_in(OmegaConf.to_container(composed)))  # type: ignore[arg-type]
+        note_job(sweep, held.folder, summary, ran=settled is None)
     return summary
 
 
-def _run_recorded(composed: DictConfig, job: Job, folder: Path) -> dict[str, Any]:
+def _run_recorded(composed: DictConfig, job: Job, folder: Path) -> Summary:
     """Run a job of a sweep. The others go on when it fails; their table reads the folders, so the reason goes there."""
     try:
         return job(composed, folder, True)
     except Exception as error:
-        from iapt.model.checkpoint import read_summary
         from iapt.runs.launch import record_failure
 
         record_failure(folder, error, OmegaConf.to_container(composed))  # type: ignore[arg-type]
@@ -233,7 +236,7 @@ def _run_recorded(composed: DictConfig, job: Job, folder: Path) -> dict[str, Any
             print(error, file=sys.stderr)
         else:
             traceback.print_exc()
-        return {**read_summary(folder), "dev": None}
+        return dataclasses.replace(read_summary(folder), status=FAILED, dev=None)
 
 
 def _resume_command(typed: list[str], place: str) -> str:

@@ -15,8 +15,11 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
 from iapt.config.errors import TrainingError, UserError
+from iapt.folder.files import read_config, run_folders
+from iapt.folder.summary import FAILED, INTERRUPTED, RUNNING, UNFINISHED, Summary, names_in, read_summary
 
 if TYPE_CHECKING:
+    from iapt.cli.tables import Ended
     from iapt.cli.view import View
 
 exit_code = 0  # of the last sweep; Hydra has no way to return one
@@ -45,17 +48,18 @@ class SweepTable(Callback):  # type: ignore[misc]
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         """Print the table, ranked, and keep the exit code: 1 if a run failed, 2 if all failures are bad input."""
         global exit_code
-        from iapt.cli.tables import print_summaries, ranked
 
         stop_view()
         jobs = collect(Path(config.hydra.sweep.dir))
-        failures = [job.get("exit_code", TrainingError.exit_code) for job in jobs if job["status"] != "ok"]
+        failures = [s.exit_code or TrainingError.exit_code for _, s in jobs if not s.finished]
         only_bad_input = all(code == UserError.exit_code for code in failures)
         if failures:
             exit_code = UserError.exit_code if only_bad_input else TrainingError.exit_code
+        from iapt.cli.tables import print_summaries, ranked  # with rich too
+
         print_summaries(ranked(jobs))
         print(f"{len(jobs) - len(failures)} of {len(jobs)} runs finished, in {config.hydra.sweep.dir}")
-        if any(job["status"] == "failed" for job in jobs):
+        if any(summary.status == FAILED for _, summary in jobs):
             print("the same command with sweep.retry=failed runs the failed ones again")
 
 
@@ -80,27 +84,22 @@ def count_jobs(config: DictConfig) -> int | None:
         return None
 
 
-def collect(sweep: Path) -> list[dict[str, Any]]:
-    """The summary of every run folder below `sweep`, in the order of the jobs, each with its `folder`."""
-    from iapt.model.checkpoint import SUMMARY, read_summary
-    from iapt.runs.launch import CONFIG_FILE
-
-    folders = {path.parent for name in (CONFIG_FILE, SUMMARY) for path in sweep.rglob(name)}
-    jobs = [{**(read_summary(folder) or _unfinished(sweep, folder)), "folder": str(folder)} for folder in folders]
-    return sorted(jobs, key=lambda job: [int(n) for n in re.findall(r"\d+", job["folder"])])
+def collect(sweep: Path) -> list[Ended]:
+    """Every run folder below `sweep` and its summary, in the order of the jobs."""
+    jobs = [(folder, _summary(sweep, folder)) for folder in run_folders(sweep)]
+    return sorted(jobs, key=lambda job: [int(n) for n in re.findall(r"\d+", str(job[0]))])
 
 
-def _unfinished(sweep: Path, folder: Path) -> dict[str, Any]:
-    import yaml
-
-    from iapt.runs.launch import CONFIG_FILE
+def _summary(sweep: Path, folder: Path) -> Summary:
     from iapt.runs.sweep import is_held
 
+    summary = read_summary(folder)
+    if summary.status != UNFINISHED:
+        return summary
     try:
-        config = yaml.safe_load((folder / CONFIG_FILE).read_text(encoding="utf-8"))
-        names = {key: config[key]["name"] for key in ("task", "method", "backbone")} | {"seed": config["seed"]}
-    except (OSError, yaml.YAMLError, LookupError, TypeError):
+        names = names_in(read_config(folder))
+    except UserError:
         names = {}
     if is_held(sweep, folder):
-        return {**names, "status": "running", "reason": "in another process"}
-    return {**names, "status": "interrupted", "reason": "the sweep started again continues it"}
+        return Summary(**names, status=RUNNING, reason="in another process")
+    return Summary(**names, status=INTERRUPTED, reason="the sweep started again continues it")

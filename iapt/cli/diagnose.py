@@ -148,7 +148,7 @@ def _jobs(overrides: list[Override]) -> list[list[Override]]:
 
 
 def _choices(overrides: list[Override], job: list[Override]) -> str:
-    """What sets this job apart from the sweep's other jobs."""
+    """Return what sets this job apart from the sweep's other jobs."""
     swept = {o.get_key_element() for o in overrides if o.is_sweep_override()}
     return " ".join(o.input_line for o in job if o.get_key_element() in swept)
 

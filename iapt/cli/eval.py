@@ -16,6 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from iapt.cli.app import loading, run_command
 from iapt.config.errors import ConfigError
+from iapt.folder.summary import Summary
 
 BENCHMARKS = ("harness", "mt_bench")  # each has a schema and a key that asks for it
 OWN_KEYS = ("checkpoint", "split", *BENCHMARKS)
@@ -26,7 +27,7 @@ def main() -> None:
     run_command("eval", _job, _problems)
 
 
-def _job(composed: DictConfig, folder: Path, in_sweep: bool) -> dict[str, Any]:
+def _job(composed: DictConfig, folder: Path, in_sweep: bool) -> Summary:
     given = OmegaConf.to_container(composed, resolve=False)
     assert isinstance(given, dict)
     loading("iapt-eval", f"checkpoint={given.get('checkpoint')}")
@@ -54,7 +55,7 @@ def _job(composed: DictConfig, folder: Path, in_sweep: bool) -> dict[str, Any]:
 
 
 def _problems(composed: DictConfig) -> list[str]:
-    """What can be said without the checkpoint's own config; the rest is checked once that is read."""
+    """List what can be said without the checkpoint's own config; the rest is checked once that is read."""
     from iapt.methods.settings import unknown_keys
 
     given = OmegaConf.to_container(composed, resolve=False)

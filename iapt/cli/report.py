@@ -125,9 +125,9 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
 
 
 def _sheets(boards: list[Board], args: argparse.Namespace) -> tuple[list[Sheet], dict[str, Tests]]:
-    from iapt.report.reference import reference_sheet
+    from iapt.report.published import reference_sheet
     from iapt.report.sheet import against, differences_sheet, main_sheet
-    from iapt.report.transfer import transfer_sheets
+    from iapt.report.transfer_matrix import transfer_sheets
 
     baselines = _baselines(boards, args.baseline)
     sheets: list[Sheet] = []
@@ -163,7 +163,7 @@ def _baselines(boards: list[Board], name: str | None) -> dict[str, Row]:
 
 def _plots(boards: list[Board]) -> list[Plot]:
     from iapt.report.plots import plots
-    from iapt.report.transfer import transfer_plots
+    from iapt.report.transfer_matrix import transfer_plots
 
     return [plot for board in boards for plot in (*plots(board), *transfer_plots(board))]
 
@@ -172,6 +172,7 @@ def _files(
     sheets: list[Sheet], plots: list[Plot], boards: list[Board], tests: dict[str, Tests], args: argparse.Namespace
 ) -> dict[str, bytes]:
     from iapt.report.page import html
+    from iapt.report.plots import show_names_as_they_are
     from iapt.report.render import FORMATS, cells_csv
 
     files = {f"{sheet.name}{suffix}": render(sheet).encode() for sheet in sheets for suffix, render in FORMATS.values()}
@@ -180,6 +181,7 @@ def _files(
         pictures.append((plot, None))
         if plot.figure is not None:
             file = io.BytesIO()
+            show_names_as_they_are(plot.figure)
             plot.figure.savefig(file, format="png", dpi=140)
             pictures[-1] = plot, file.getvalue()
             files[f"plots/{plot.name}.png"] = file.getvalue()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,60 +12,63 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-Summary = Mapping[str, Any]
+from iapt.config.visible import visible
+from iapt.folder.summary import Summary
+
+Ended = tuple[Path, Summary]  # a folder and what came of its run
 
 
-def ranked(summaries: Sequence[Summary]) -> list[Summary]:
+def ranked(jobs: Sequence[Ended]) -> list[Ended]:
     """By task, then backbone; within these the best test value first and failed runs last. Ties keep their order.
 
     Where test was not scored (`iapt-eval split=dev`) the dev value decides; rows without either come after those
     with one.
     """
 
-    def key(s: Summary) -> tuple[Any, ...]:
-        values = [s[name] for name in ("test", "dev") if s.get(name) is not None]
-        failed = s.get("status") != "ok"
-        return str(s.get("task") or ""), str(s.get("backbone") or ""), failed, not values, -values[0] if values else 0
+    def key(job: Ended) -> tuple[Any, ...]:
+        s = job[1]
+        values = [value for value in (s.test, s.dev) if value is not None]
+        return s.task or "", s.backbone or "", not s.finished, not values, -values[0] if values else 0
 
-    return sorted(summaries, key=key)
+    return sorted(jobs, key=key)
 
 
-def summary_table(summaries: Sequence[Summary]) -> Table:
-    """One row per summary (the keys of `summary.json`, and `folder`), in their order. A failed run shows its reason.
+def summary_table(jobs: Sequence[Ended]) -> Table:
+    """One row for each job, in their order. A failed run shows its reason.
 
     `seed` and `backbone` get a column only where they differ between the rows, `note` where any row has one.
     """
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    extra = [key for key in ("backbone", "seed") if len({str(s.get(key)) for s in summaries}) > 1]
+    extra = [key for key in ("backbone", "seed") if len({getattr(s, key) for _, s in jobs}) > 1]
     for name in ("task", "method", *extra, "metric"):
         table.add_column(name, no_wrap=True)
     for name in ("zero-shot", "dev", "test", "params", "time"):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("status", overflow="fold")
-    noted = any(s.get("note") for s in summaries)
+    noted = any(s.note for _, s in jobs)
     if noted:
         table.add_column("note", overflow="fold")
     table.add_column("folder", overflow="fold")
-    for s in summaries:
-        names = [str(s.get(key) or "") for key in ("task", "method", *extra, "metric")]
-        scores = [_score(s.get(key)) for key in ("zero_shot", "dev", "test")]
-        count = s.get("trainable_params")
-        table.add_row(
+    for folder, s in jobs:
+        names = [str(getattr(s, key) or "") for key in ("task", "method", *extra, "metric")]
+        scores = [_score(value) for value in (s.zero_shot, s.dev, s.test)]
+        row = [
             *names,
             *scores,
-            f"{count:,}" if count is not None else "",
-            _duration(s.get("train_seconds")),
-            _status(s),
-            *([str(s.get("note") or "")] if noted else []),
-            _short(s.get("folder")),
-        )
+            "" if s.trainable_params is None else f"{s.trainable_params:,}",
+            _duration(s.train_seconds),
+            " ".join([s.status, *(s.reason or "").split()]),  # a list of problems has a line for each
+            *([s.note or ""] if noted else []),
+            _short(str(folder)),
+        ]
+        table.add_row(*map(visible, row))
     return table
 
 
-def print_summaries(summaries: Sequence[Summary]) -> None:
+def print_summaries(jobs: Sequence[Ended]) -> None:
     """Print the table to stdout: fitted to a terminal, as wide as it needs to be anywhere else."""
     console = Console(markup=False, highlight=False)
-    table = summary_table(summaries)
+    table = summary_table(jobs)
     if not sys.stdout.isatty():
         # Rich assumes 80 columns for a pipe and would fold what a log or a grep needs in one line.
         widest = Console(width=100_000).measure(table).maximum
@@ -85,14 +88,6 @@ def _duration(seconds: float | None) -> str:
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
-def _status(summary: Summary) -> str:
-    reason = str(summary.get("reason") or "").strip()
-    # A list of problems has a line for each; a cell shows them in one.
-    return " ".join([str(summary.get("status", "")), *reason.split()]).strip()
-
-
-def _short(folder: str | None) -> str:
-    if not folder:
-        return ""
+def _short(folder: str) -> str:
     relative = os.path.relpath(folder)
-    return relative if len(relative) < len(str(folder)) else str(Path(folder))
+    return relative if len(relative) < len(folder) else folder

@@ -11,13 +11,13 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from iapt.cli.app import loading, run_command
 from iapt.config.errors import ConfigError
+from iapt.folder.summary import Summary
 
 
 def main() -> None:
@@ -25,7 +25,7 @@ def main() -> None:
     run_command("train", _job, _problems, _cell)
 
 
-def _job(composed: DictConfig, folder: Path, in_sweep: bool) -> dict[str, Any]:
+def _job(composed: DictConfig, folder: Path, in_sweep: bool) -> Summary:
     if not in_sweep:  # whose view shows every cell
         chosen = HydraConfig.get().runtime.choices
         loading("iapt-train", " ".join(f"{g}={chosen[g]}" for g in ("task", "method", "backbone") if chosen.get(g)))

@@ -13,7 +13,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
 
-from iapt.config.paths import JOBS
+from iapt.config.visible import visible
+from iapt.folder.names import JOBS
 
 SECONDS_BETWEEN_LOOKS = 0.2
 
@@ -86,7 +87,7 @@ class View:
             parts.append("before" if status == "ok" else "before (sweep.retry=failed runs it again)")
         elif not self._bar and (left := self._left()):
             parts.append(left)
-        self._console.print("  ".join(parts))
+        self._console.print(visible("  ".join(parts)))
 
     def _state(self) -> str:
         counts = self._counts

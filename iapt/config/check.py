@@ -7,6 +7,7 @@ past the builders ever sees an OmegaConf object.
 from __future__ import annotations
 
 import dataclasses
+import re
 import typing
 from collections.abc import Mapping
 from dataclasses import field
@@ -20,6 +21,9 @@ from iapt.config.method import MethodConfig
 from iapt.config.paths import CONFIG_DIR
 from iapt.config.quoting import chosen_word, only_texts
 from iapt.config.schema import BUDGET, BUDGET_FORM, Config
+
+# All is resolved when types are checked, and OmegaConf takes anything with ${ in it for any type.
+_NO_INTERPOLATION = "$\ue000{"
 
 
 def load_config(
@@ -58,6 +62,19 @@ def load_config(
     return config
 
 
+def literal(stored: Any) -> Any:
+    """Stored settings for `load_config`, their texts as they stand: `${...}` in them is text, no interpolation.
+
+    A run writes its settings resolved. Whoever reads those of another must not have them look up anything here, the
+    environment least of all.
+    """
+    if isinstance(stored, str):  # OmegaConf takes an odd number of backslashes before ${ for an escape
+        return re.sub(r"(\\*)\$\{", lambda found: found[1] * 2 + r"\${", stored)
+    if isinstance(stored, Mapping):
+        return {key: literal(value) for key, value in stored.items()}
+    return [literal(value) for value in stored] if isinstance(stored, list) else stored
+
+
 def method_config(settings: Mapping[str, Any], methods: Mapping[str, type[MethodConfig]]) -> MethodConfig:
     """Check the settings of a method by themselves, as `load_config` checks them within a run's.
 
@@ -69,7 +86,7 @@ def method_config(settings: Mapping[str, Any], methods: Mapping[str, type[Method
     """
     alone = dataclasses.make_dataclass("Alone", [("method", MethodConfig, field(default_factory=MethodConfig))])
     shipped = CONFIG_DIR / "method" / f"{settings.get('name')}.yaml"
-    given = OmegaConf.create(dict(settings))
+    given = OmegaConf.create(literal(settings))
     known = OmegaConf.merge(OmegaConf.load(shipped), given) if "kind" not in given and shipped.is_file() else given
     method: MethodConfig = load_config({"method": known}, methods, alone).method
     if problems := method.problems():
@@ -123,6 +140,8 @@ def contradictions(config: Config) -> list[str]:
     found += config.task.problems()
     if trainer.learning_rate is not None and trainer.learning_rate <= 0:
         found.append(f"trainer.learning_rate = {trainer.learning_rate}: must be above 0")
+    if not 0 <= config.seed < 2**32:
+        found.append(f"seed = {config.seed}: allowed are 0 to {2**32 - 1}")
     if trainer.warmup_ratio > 1:
         found.append(f"trainer.warmup_ratio = {trainer.warmup_ratio}: a share of all steps, 0 to 1")
     if config.budget is not None and not BUDGET.fullmatch(config.budget.strip()):
@@ -200,8 +219,8 @@ def _build(
             continue
         try:
             typed = OmegaConf.structured(dataclasses.make_dataclass("One", [(f.name, hints[f.name])]))
-            typed[f.name] = value
-            value = OmegaConf.to_container(typed)[f.name]  # type: ignore[index,call-overload]
+            typed[f.name] = _texts(value, "${", _NO_INTERPOLATION)
+            value = _texts(OmegaConf.to_container(typed)[f.name], _NO_INTERPOLATION, "${")  # type: ignore[index,call-overload]
         except OmegaConfBaseException:
             problems.append(f"{where}: {allowed or f'expected {_type_name(hints[f.name])}'}")
             continue
@@ -211,6 +230,15 @@ def _build(
             problems.append(f"{where}: must be at least {minimum}")
         fitted[f.name] = value
     return schema(**fitted)
+
+
+def _texts(value: Any, old: str, new: str) -> Any:
+    """`value` with `old` replaced in every text of it."""
+    if isinstance(value, str):
+        return value.replace(old, new)
+    if isinstance(value, dict):
+        return {_texts(key, old, new): _texts(item, old, new) for key, item in value.items()}
+    return [_texts(item, old, new) for item in value] if isinstance(value, list) else value
 
 
 def _type_name(hint: Any) -> str:

@@ -5,8 +5,17 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+from iapt.config.visible import visible
 
-class UserError(Exception):
+
+class SaidError(Exception):
+    """What is printed of an error holds no control characters, whatever the data or the folder it speaks of held."""
+
+    def __str__(self) -> str:
+        return visible(super().__str__())
+
+
+class UserError(SaidError):
     """Bad input. The command line prints the message without a traceback and exits with code 2."""
 
     exit_code = 2
@@ -22,15 +31,20 @@ class ConfigError(UserError):
         super().__init__(f"{head} in the configuration\n" + "\n".join(f"  {p}" for p in self.problems))
 
 
-class TrainingError(Exception):
+class TrainingError(SaidError):
     """Training started and could not finish (for example a loss that is not a number). Exit code 1."""
 
     exit_code = 1
 
 
 def suggest(word: str, known: Iterable[str]) -> str:
-    """What exists, and the nearest of it to `word`: the tail of every 'unknown X' message."""
+    """List what exists, and the nearest of it to `word`: the end of every 'unknown X' message."""
     known = sorted(known)
-    near = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
-    hint = f"did you mean '{near[0]}'? " if near else ""
+    hint = f"{found[2:]} " if (found := nearest(word, known)) else ""
     return f"{hint}known: {', '.join(known) if known else 'none'}"
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """The nearest known word as a question behind a semicolon, empty for none; where there are too many to list."""
+    near = difflib.get_close_matches(word, sorted(known), n=1, cutoff=0.5)
+    return f"; did you mean '{near[0]}'?" if near else ""

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from typing import ClassVar
 
-from iapt.config.fields import at_least
+from iapt.config.fields import Role, at_least, setting
 from iapt.config.task import TaskConfig
 
 
@@ -24,19 +24,18 @@ class SizeKnob:
 
 @dataclass
 class MethodConfig:
-    """What every method's schema starts with.
+    """The settings that every method has.
 
-    `name` is what tables call it. `kind` is the registered method, `name` unless set: one method may appear in
-    several configs under names of their own.
+    One registered method may appear in several configs under names of their own. Most schemas have a learning rate of
+    their own, because soft prompts need rates that would ruin LoRA and the other way round.
     """
 
     trains_backbone: ClassVar[bool] = False  # True: nothing of the backbone stays frozen
     bound_to_task: ClassVar[bool] = False  # True: what it has learned are this task's labels
 
-    name: str = "???"
-    kind: str | None = None
-    # Soft prompts need rates that would ruin LoRA and the other way round: most schemas have one of their own.
-    learning_rate: float = at_least(1e-3, 0)
+    name: str = setting("???", Role.IDENTITY)  # what tables call it
+    kind: str | None = setting(None, Role.IDENTITY)  # the registered method; null: `name`
+    learning_rate: float = at_least(1e-3, 0, Role.IDENTITY)  # of AdamW, unless trainer.learning_rate is set
 
     def problems(self) -> list[str]:
         """Contradictions between this method's own fields, one line each."""
@@ -47,7 +46,9 @@ class MethodConfig:
         return []
 
     def size_knob(self) -> SizeKnob | None:
-        """What `budget` may set; None: the backbone alone decides the number of trained parameters."""
+        """Return the setting that `budget` may set; None if the backbone alone decides the number
+        of trained parameters.
+        """
         return None
 
     def adapters(self) -> dict[str, str | None]:
@@ -57,11 +58,11 @@ class MethodConfig:
 
 @dataclass
 class SoftPromptConfig(MethodConfig):
-    """What every prompt-space method's schema starts with.
+    """The settings that every prompt-space method has.
 
     `init_from` is the folder of a run, or of an adapter, that training starts from: soft prompt transfer (SPoT, Vu et
     al., ACL 2022; PoT, Su et al., NAACL 2022). It is of the same method, size and backbone; `post` leads from one
     backbone to another.
     """
 
-    init_from: str | None = field(default=None, metadata={"adapter": True})
+    init_from: str | None = setting(None, adapter=True)

@@ -7,5 +7,3 @@ from pathlib import Path
 # Inside a wheel the folder travels within the package; in a checkout it lies beside it, where people look.
 _INSIDE = Path(__file__).parents[1] / "configs"
 CONFIG_DIR = _INSIDE if _INSIDE.is_dir() else Path(__file__).parents[2] / "configs"
-
-JOBS = ".jobs.jsonl"  # in the sweep directory; each job of whatever launcher appends a line when it ends

@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from iapt.config.fields import at_least, choice
+from iapt.config.fields import Role, at_least, choice, setting
 
 PROTOCOLS = ("strict", "paper")
 METRIC_TOKENIZERS = ("13a", "intl", "zh", "char", "none", "ja-mecab", "ko-mecab")
+_ROW = Role.IDENTITY | Role.ROW
 SPLIT_RULES = ("official", "halve_validation", "carve_train", "carve_train_twice", "split_validation")
 
 
@@ -18,14 +19,14 @@ class SourceConfig:
 
     path: str | None = None  # hub id
     config: str | None = None  # the hub data set's configuration name
-    revision: str | None = None
+    revision: str | None = None  # branch, tag or commit on the hub
     # configurations on the hub, sub-folders locally: a split is their rows one after another, with a column `subset`
     subsets: list[str] = field(default_factory=list)
     generator: str | None = None  # a function of iapt.data.toy
     # What is asked about rows that are plain text (column `text`); `iapt.data.plain_text` says what each does.
-    builder: str = choice("none", "none", "next_sentence", "sentence_choice", "unified_choice")
+    builder: str = choice("none", "none", "next_sentence", "sentence_choice", "unified_choice", younger=True)
     # Quotation marks in local csv and tsv files. auto: around fields in csv, text in tsv; refused where both could be.
-    quotes: str = choice("auto", "auto", "literal", "csv")
+    quotes: str = choice("auto", "auto", "literal", "csv", younger=True)
     splits: dict[str, str] = field(  # our name -> the source's name
         default_factory=lambda: {"train": "train", "validation": "validation", "test": "test"}
     )
@@ -35,7 +36,7 @@ class SourceConfig:
 class TaskConfig:
     """How rows become instructions, responses and a score. A plain task is this and nothing else."""
 
-    name: str = "???"
+    name: str = "???"  # what tables call it, and its folder under data_dir
     source: SourceConfig = field(default_factory=SourceConfig)
     template: str = "???"  # format string over the columns
     response: str = "{label}"  # format string over the columns; {label} is the label word
@@ -44,7 +45,7 @@ class TaskConfig:
     label_words: list[str] = field(default_factory=list)  # index = label id
     # What a label in the data is: one of the words, or the index of one. auto: whichever all rows fit, and refused
     # where they fit both and mean something else by it (words that are numbers).
-    integer_labels: str = choice("auto", "auto", "words", "indices")
+    integer_labels: str = choice("auto", "auto", "words", "indices", younger=True)
     # column -> {value in the data: wording in the template}
     value_words: dict[str, dict[str, str]] = field(default_factory=dict)
     # column -> the template of the rows in which that column is empty; the first such column counts
@@ -62,23 +63,25 @@ class TaskConfig:
     metrics: list[str] = field(default_factory=lambda: ["accuracy"])  # the first is the one reported
     # What bleu and rouge_l count as words. default: each metric's own, made for English and its like (13a, and runs of
     # a-z and 0-9); else a tokenizer of sacrebleu for both: intl for other alphabets, zh or char without blanks
-    metric_tokenizer: str = choice("default", "default", *METRIC_TOKENIZERS)
+    metric_tokenizer: str = choice(
+        "default", "default", *METRIC_TOKENIZERS, role=Role.IDENTITY | Role.AGREE, younger=True
+    )
     # One rule for every protocol, or {strict: ..., paper: ...}; `iapt.data.splits` says what each rule does.
     split_rule: Any = "official"
-    carve_size: int = at_least(1000, 1)
+    carve_size: int = at_least(1000, 1)  # rows that a carved split gets
     official_size: dict[str, int] = field(default_factory=dict)  # rows of each of the source's splits, as published
     split_seed: int = 0  # not the run's seed: five seeds of one task are scored on the same examples
-    scoring: str = choice("likelihood", "likelihood", "generation", "constrained")  # for classification
-    normalize_scores: bool = False  # divide a label's log-likelihood by its number of tokens
-    max_new_tokens: int = at_least(32, 1)
-    num_beams: int = at_least(1, 1)
-    max_train_examples: int | None = at_least(None, 1)
-    max_eval_examples: int | None = at_least(None, 1)
-    max_steps: int | None = at_least(None, 1)  # what `trainer.max_steps` and `trainer.eval_every` default to
-    eval_every: int = at_least(200, 1)
+    scoring: str = choice("likelihood", "likelihood", "generation", "constrained", role=_ROW)  # for classification
+    normalize_scores: bool = setting(False, _ROW)  # divide a label's log-likelihood by its number of tokens
+    max_new_tokens: int = at_least(32, 1, _ROW)  # tokens that decoding may write
+    num_beams: int = at_least(1, 1, _ROW)  # 1: greedy decoding
+    max_train_examples: int | None = at_least(None, 1, _ROW)  # keep so many of train, drawn by split_seed
+    max_eval_examples: int | None = at_least(None, 1)  # keep so many of dev and of test, drawn by split_seed
+    max_steps: int | None = at_least(None, 1)  # the default of trainer.max_steps
+    eval_every: int = at_least(200, 1)  # the default of trainer.eval_every
 
     def problems(self) -> list[str]:
-        """What no single field shows."""
+        """List the contradictions that no single field shows."""
         rule, found = self.split_rule, []
         allowed = f"allowed are {', '.join(SPLIT_RULES)}"
         if isinstance(rule, dict):

@@ -32,13 +32,29 @@ class Example:
     num_choices: int | None = None  # the first so many label words may be answered; None: all of them
 
 
+_NO_ATTRIBUTES = "{{{}}}: a template reads columns, no attributes; what a column holds under a key is column[key]"
+
+
 class _Formatter(string.Formatter):
+    """`str.format` over rows that may come from a stranger, by templates that may: no attributes, little padding."""
+
+    def get_field(self, field_name: str, args: Any, kwargs: Any) -> Any:
+        if _reads_attribute(field_name):
+            raise ValueError(_NO_ATTRIBUTES.format(field_name))
+        return super().get_field(field_name, args, kwargs)
+
     def format_field(self, value: Any, format_spec: str) -> str:
         if value is None or (isinstance(value, list) and None in value):
             raise ValueError("null within a column")
         if isinstance(value, list):
             return (format_spec or ", ").join(map(str, value))
+        if any(len(number) > 3 for number in re.findall(r"\d+", format_spec)):
+            raise ValueError(f"the format {format_spec!r} pads to more than 999 characters")
         return str(super().format_field(value, format_spec))
+
+
+def _reads_attribute(field: str) -> bool:
+    return "." in re.sub(r"\[[^\]]*\]", "", field)
 
 
 def template_fields(config: TaskConfig) -> dict[str, list[str]]:
@@ -53,8 +69,10 @@ def template_fields(config: TaskConfig) -> dict[str, list[str]]:
             names = [name for _, name, _, _ in string.Formatter().parse(text) if name is not None]
         except ValueError as error:
             raise UserError(f"task.{key} = {text!r}: {error} (a brace as text is written twice)") from None
+        if strange := [name for name in names if _reads_attribute(name)]:
+            raise UserError(f"task.{key} = {text!r}: {_NO_ATTRIBUTES.format(strange[0])}")
         # "answers[text][0]" is a lookup inside the column "answers"
-        fields[text] = [re.split(r"[.\[]", name)[0] for name in names]
+        fields[text] = [name.split("[")[0] for name in names]
         if "" in fields[text] or any(name.isdigit() for name in fields[text]):
             raise UserError(f"task.{key} = {text!r}: every {{}} must name a column")
         if key != "response" and config.label_column and {"label", config.label_column} & set(fields[text]):

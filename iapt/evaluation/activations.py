@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from iapt.folder.names import ACTIVATIONS, ACTIVATIONS_PICTURE
 from iapt.nn.rational import FIT_RANGE, FUNCTIONS, Rational
 
 Array = NDArray[np.float64]
@@ -26,7 +27,7 @@ VISIBLE_JUMP = 0.01
 
 @dataclass
 class Inputs:
-    """What one activation was given.
+    """The inputs that one activation was given.
 
     Attributes:
         count: how many numbers.
@@ -80,7 +81,7 @@ def write_activations(folder: Path, activations: Sequence[nn.Module], inputs: Se
         Lines for the user: where the files are, and the visible kinks.
     """
     layers = [describe(activation, seen) for activation, seen in zip(activations, inputs, strict=True)]
-    data, picture = folder / "activations.json", folder / "activations.png"
+    data, picture = folder / ACTIVATIONS, folder / ACTIVATIONS_PICTURE
     data.write_text(json.dumps({"layers": [{"layer": i, **layer} for i, layer in enumerate(layers)]}, indent=1) + "\n")
     draw(picture, activations, inputs)
     lines = [f"activations, layer by layer: {data} and {picture}"]

@@ -193,7 +193,9 @@ def _over_batches(
     accelerator: Accelerator,
     work: Callable[[Batch], list[Any]],
 ) -> list[list[Any]]:
-    """`work` on every batch of `items`, dealt out over the processes; every process gets all results, in order."""
+    """Apply `work` to every batch of `items`, dealt out over the processes; every process gets all
+    results, in order.
+    """
     batches = evaluation_batches(items, batch_size)
     world, rank = accelerator.num_processes, accelerator.process_index
     rounds = -(-len(batches) // world)

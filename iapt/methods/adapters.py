@@ -9,6 +9,8 @@ without a norm of its own. Parallel: He et al., ICLR 2022 (arXiv 2110.04366), Ta
 
 Where a model normalises a sublayer's output before the residual sum (Gemma 2), adapters stand ahead of that norm
 (label I: the papers' models have none).
+
+Letters in brackets such as (I) say what a statement rests on: docs/methods.md, "Labels".
 """
 
 from __future__ import annotations
@@ -34,7 +36,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "gelu": F.
 
 @dataclass
 class AdapterConfig(MethodConfig):
-    """What both forms share. `sublayers`: which of `attention` and `ffn` get an adapter, in every layer."""
+    """The settings that both forms share. `sublayers` names those of `attention` and `ffn` that get an adapter."""
 
     bottleneck: int = at_least(64, 1)
     sublayers: list[str] = field(default_factory=lambda: list(SUBLAYERS))

@@ -8,6 +8,8 @@ B, a and b start at zero, so every offset does. P has a learning rate of its own
 
 The port: an encoder edits all of its input; here the instruction's tokens are edited, the response's are not, in
 training as in decoding (I). A starts as torch's linear maps do, Kaiming-uniform within 1 / sqrt(d) (I).
+
+Letters in brackets such as (I) say what a statement rests on: docs/methods.md, "Labels".
 """
 
 from __future__ import annotations
@@ -29,7 +31,9 @@ from iapt.model.edits.word_embeddings import WordEmbeddings
 
 @dataclass
 class AdeptConfig(SoftPromptConfig):
-    """`bottleneck` is r, `learning_rate` P's. Sizes are the authors' for T5-base at 100 soft tokens' budget."""
+    """The settings of ADePT. `bottleneck` is r, and `learning_rate` is P's. Sizes are the authors' for T5-base at the
+    budget of 100 soft tokens.
+    """
 
     learning_rate: float = at_least(3e-2, 0)
     num_soft_tokens: int = at_least(60, 1)

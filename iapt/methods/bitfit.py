@@ -3,6 +3,8 @@
 A bias is trained as a difference from its value, started at zero and added to the module's output: b + delta has
 the gradient that b has, and AdamW steps depend on the gradient alone, so this equals training the bias itself
 (with weight decay it pulls towards the backbone's bias instead of towards zero). The backbone is never written to.
+
+Letters in brackets such as (I) say what a statement rests on: docs/methods.md, "Labels".
 """
 
 from __future__ import annotations
@@ -26,8 +28,9 @@ from iapt.model.reach import reached
 
 @dataclass
 class BitFitConfig(MethodConfig):
-    """`create_missing`: linear maps of the decoder layers that have no bias get one, started at zero (label I: the
-    paper's models have all of them, LLaMA's family has next to none)."""
+    """The settings of BitFit. With `create_missing`, linear maps of the decoder layers that have no bias get one,
+    started at zero (label I: the paper's models have all of them, LLaMA's family has next to none).
+    """
 
     learning_rate: float = at_least(1e-2, 0)
     create_missing: bool = True

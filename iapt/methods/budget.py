@@ -15,12 +15,13 @@ from iapt.config.schema import BUDGET, BUDGET_FORM
 from iapt.methods.registry import spec_of
 from iapt.model.backbone import Backbone
 
+MOST = 1e13  # beyond any model; sizes that follow from more do not even fit an integer of torch's
 _UNITS = {"": 1, "k": 1e3, "m": 1e6, "b": 1e9}
 
 
 @dataclass(frozen=True)
 class Fitted:
-    """What a budget came to.
+    """The setting that a budget led to.
 
     Attributes:
         asked: trainable parameters asked for.
@@ -44,12 +45,12 @@ class Fitted:
         return f"budget {self.asked:,}: {chosen} {self.count:,} trainable parameters ({self.off:+.1%})"
 
     def record(self) -> dict[str, Any]:
-        """As it stands in `summary.json`."""
+        """Return the mapping that `summary.json` holds."""
         return {**dataclasses.asdict(self), "off": self.off}
 
 
 def parse_budget(text: str, backbone_parameters: int) -> int:
-    """`20M`, `300k`, `1500`, `0.3%` -> a number of parameters, at least 1.
+    """Read `20M`, `300k`, `1500` or `0.3%` as a number of parameters, at least 1.
 
     Raises:
         UserError: anything else.
@@ -58,8 +59,10 @@ def parse_budget(text: str, backbone_parameters: int) -> int:
     if not found:
         raise UserError(f"budget = {text!r}: expected {BUDGET_FORM}")
     number, unit = float(found[1]), found[2].lower()
-    scale = backbone_parameters / 100 if unit == "%" else _UNITS[unit]
-    return max(1, round(number * scale))
+    asked = number * (backbone_parameters / 100 if unit == "%" else _UNITS[unit])
+    if asked > MOST:
+        raise UserError(f"budget = {text!r}: {asked:.3g} parameters; allowed are at most {MOST:.0e}")
+    return max(1, round(asked))
 
 
 def fit_to_budget(config: MethodConfig, backbone: Backbone, asked: int) -> tuple[MethodConfig, Fitted]:

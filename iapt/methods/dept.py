@@ -10,6 +10,8 @@ for P and one for A and B, are those of the authors' code.
 The port: their code adds the offsets to every column of an input padded to S tokens, answer and padding included. Here
 a token's index comes from the mask, 0 for the instruction's first token, and only instruction tokens get an offset, in
 training as in decoding (I). Tokens behind the first S, `max_offsets`, get none (I).
+
+Letters in brackets such as (I) say what a statement rests on: docs/methods.md, "Labels".
 """
 
 from __future__ import annotations
@@ -31,7 +33,9 @@ from iapt.nn.offsets import PositionOffsets, offset_parameters
 
 @dataclass
 class DeptConfig(SoftPromptConfig):
-    """`max_offsets` is S, `learning_rate` P's. Sizes are the authors' for T5-base at 100 soft tokens' budget."""
+    """The settings of DePT. `max_offsets` is S, and `learning_rate` is P's. Sizes are the authors' for T5-base at the
+    budget of 100 soft tokens.
+    """
 
     learning_rate: float = at_least(3e-2, 0)
     num_soft_tokens: int = at_least(40, 1)

@@ -16,6 +16,8 @@ and f_k goes through `projection_width` (R). P and F are brought to unit RMS bef
 embeddings differ in scale between backbones by orders of magnitude (R). B, U_k and u_k start at zero, so the method
 starts as prompt tuning does, with P from embeddings of random tokens (R). B and U_k move in the first step, whatever
 reads their products in the next ones. P has a learning rate of its own, as in DePT (R).
+
+Letters in brackets such as (I) say what a statement rests on: docs/methods.md, "Labels".
 """
 
 from __future__ import annotations
@@ -40,7 +42,9 @@ from iapt.nn.offsets import PositionOffsets, offset_parameters
 
 @dataclass
 class EptConfig(SoftPromptConfig):
-    """`max_offsets`, `rank` and `alpha` as in DePT; `attention_width` is a, `num_spaces` K; `learning_rate` is P's."""
+    """The settings of EPT. `max_offsets`, `rank` and `alpha` are those of DePT, `attention_width` is a, `num_spaces`
+    is K, and `learning_rate` is P's.
+    """
 
     learning_rate: float = at_least(3e-2, 0)
     num_soft_tokens: int = at_least(40, 1)

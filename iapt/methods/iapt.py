@@ -1,7 +1,6 @@
-"""IAPT: instance-aware prompt tuning (Zhu et al., ACL 2024, arXiv 2405.18203).
+"""IAPT: instruction-aware prompt tuning (Zhu et al., ACL 2024, arXiv 2405.18203; "instance-aware" in ACL's title).
 
-At every layer a small generator reads the instruction's hidden states and writes that layer's soft tokens
-(labels: A abstract, B a third party's summary, S a sibling paper, I inferred):
+At every layer a small generator reads the instruction's hidden states and writes that layer's soft tokens:
 
     Z = h W_down                              down-projection, no bias                    (B)
     A = softmax_n(Z W_sa),  Q = A^T Z         self-attention pooling, one query a token   (S)
@@ -13,6 +12,8 @@ and the paper's layout is taken to be theirs (I); `after_instruction` scored hig
 and trains at a fraction of the cost, so it is the default (docs/iapt_defaults.md). The paper shares projections across
 layers in a form that is not known (B); `share_every: k` lets k neighbouring layers share W_down, W_sa and W_up, never
 the activation (A).
+
+Letters in brackets such as (I) say what a statement rests on: docs/methods.md, "Labels".
 """
 
 from __future__ import annotations

@@ -12,6 +12,8 @@ Every instruction token attends to every other one, whatever the backbone's own 
 out. The paper reads the tokens' embeddings at k = 0: on backbones that add position embeddings to those, here they are
 included, for P as for the tokens (I). The authors' encoder is square, a = d; on a large backbone that is most of the
 parameters (50M of LLaMA-2 7B), so a is a setting and smaller by default (I).
+
+Letters in brackets such as (I) say what a statement rests on: docs/methods.md, "Labels".
 """
 
 from __future__ import annotations
@@ -37,8 +39,10 @@ from iapt.nn.pooling import mean_pool
 
 @dataclass
 class IdSpamConfig(SoftPromptConfig):
-    """`layer`: k, how many layers run before the soft tokens enter. `attention_width`: a, null for the backbone's
-    width. `bottleneck`: the MLP's inner width, the budget knob."""
+    """The settings of ID-SPAM. `layer` is k, the number of layers that run before the soft tokens enter.
+    `attention_width` is a; null stands for the backbone's width. `bottleneck` is the MLP's inner width, the budget
+    knob.
+    """
 
     learning_rate: float = at_least(3e-3, 0)
     num_soft_tokens: int = at_least(10, 1)
@@ -54,7 +58,7 @@ class IdSpamConfig(SoftPromptConfig):
 
 
 class IdSpam(SoftPrompt):
-    """`queries`, `keys`, `values` (d -> a), `down` (a -> m) and `up` (m -> s d), all at `layer`."""
+    """Its parts: `queries`, `keys`, `values` (d -> a), `down` (a -> m) and `up` (m -> s d), all at `layer`."""
 
     def __init__(self, config: IdSpamConfig, width: int) -> None:
         super().__init__()
@@ -84,7 +88,7 @@ class IdSpam(SoftPrompt):
 
 
 def build(config: IdSpamConfig, backbone: Backbone) -> IdSpam:
-    """Torch's defaults for all maps. Raises UserError if the backbone has no layer `layer`."""
+    """Build the method with torch's defaults for all maps. Raises UserError if the backbone has no layer `layer`."""
     if config.layer >= backbone.num_layers:
         raise UserError(
             f"method.layer = {config.layer}: backbone {backbone.name} has {backbone.num_layers} layers, allowed are 0 "

@@ -17,6 +17,8 @@ other; so here an instruction shorter than s is filled up with one learned row t
 layer reads it: on backbones that add position embeddings these are included, for P as for the tokens (I). Tokens
 are counted from the start of the instruction, so a template that begins with more than s tokens of fixed text makes P
 the same for every instance.
+
+Letters in brackets such as (I) say what a statement rests on: docs/methods.md, "Labels".
 """
 
 from __future__ import annotations
@@ -36,7 +38,9 @@ from iapt.nn.norm import cast_and_normalize
 
 @dataclass
 class IptConfig(SoftPromptConfig):
-    """`num_soft_tokens`: s (R: 100). `bottleneck`: r, the budget knob; even with encoder lstm."""
+    """The settings of IPT. `num_soft_tokens` is s (R: 100). `bottleneck` is r, the budget knob; it must be even for
+    the encoder lstm.
+    """
 
     learning_rate: float = at_least(1e-2, 0)
     num_soft_tokens: int = at_least(20, 1)
@@ -67,7 +71,7 @@ class LstmEncoder(nn.Module):
 
 
 class Ipt(SoftPrompt):
-    """`down` (d -> r), `missing` (r,), `encoder` and `up` (r -> d)."""
+    """The method's module: `down` (d -> r), `missing` (r,), `encoder` and `up` (r -> d)."""
 
     def __init__(self, config: IptConfig, width: int) -> None:
         super().__init__()
@@ -85,7 +89,9 @@ class Ipt(SoftPrompt):
         self.up = nn.Linear(r, width)
 
     def idle(self) -> frozenset[str]:
-        """`missing` where every instruction, of two tokens at least, has all that are asked for."""
+        """`missing` gets no gradient where every instruction, of two tokens at least, has all the tokens that are
+        asked for.
+        """
         return frozenset({"missing"}) if self.num_soft_tokens <= 2 else frozenset()
 
     def forward(self, layer: int, states: Tensor, mask: Tensor, previous: Tensor) -> Tensor | None:

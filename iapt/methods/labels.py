@@ -19,7 +19,9 @@ from iapt.model.backbone import Backbone
 
 @dataclass
 class LabelPromptConfig(SoftPromptConfig):
-    """`label_words` are the task's, in its order; the soft tokens start from their embeddings."""
+    """The settings of a method that scores labels. `label_words` are the task's, in the task's order; the soft tokens
+    start from their embeddings.
+    """
 
     bound_to_task: ClassVar[bool] = True
 

@@ -6,6 +6,8 @@ A task's soft tokens, each entry gated by a low-rank matrix that is generated fr
 
 The authors take e(x) from a small code encoder; here it is the frozen backbone's last hidden state of the
 instruction, from a pass of its own (I). P enters at the input and its states run on as tokens' do.
+
+Letters in brackets such as (I) say what a statement rests on: docs/methods.md, "Labels".
 """
 
 from __future__ import annotations
@@ -29,7 +31,9 @@ from iapt.model.method import SoftPrompt
 
 @dataclass
 class LopaConfig(SoftPromptConfig):
-    """`rank` is r; `head_width` the heads' inner width, null for the backbone's, as the authors have the encoder's."""
+    """The settings of LoPA. `rank` is r. `head_width` is the heads' inner width; null stands for the backbone's, as
+    the authors take their encoder's.
+    """
 
     learning_rate: float = at_least(3e-3, 0)
     num_soft_tokens: int = at_least(10, 1)
@@ -46,7 +50,7 @@ class LopaConfig(SoftPromptConfig):
 
 
 class Lopa(SoftPrompt):
-    """`task` (s, d), float32, and the heads of U and V."""
+    """The method's module: `task` (s, d) in float32, and the heads that make U and V."""
 
     def __init__(self, config: LopaConfig, task: Tensor) -> None:
         super().__init__()

@@ -8,6 +8,8 @@ sequence from there on; below it nothing sees them, so nothing below it keeps a 
 
 The paper inserts tokens into the running sequence; here their columns stand there from the start, hidden below
 layer k, so their positions are counted from the start too (I).
+
+Letters in brackets such as (I) say what a statement rests on: docs/methods.md, "Labels".
 """
 
 from __future__ import annotations
@@ -32,8 +34,10 @@ from iapt.nn.pooling import segment_pool
 
 @dataclass
 class LptConfig(SoftPromptConfig):
-    """`layer`: how many layers run before the soft tokens enter; null: half of them. `reduce` is read with generator
-    pooling. The authors use 5 soft tokens and a bottleneck of 128."""
+    """The settings of LPT. `layer` is the number of layers that run before the soft tokens enter; null stands for
+    half of them. `reduce` is read only with the generator `pooling`. The authors use 5 soft tokens and a
+    bottleneck of 128.
+    """
 
     learning_rate: float = at_least(3e-3, 0)
     num_soft_tokens: int = at_least(5, 1)

@@ -27,8 +27,9 @@ from iapt.model.method import SoftPrompt
 
 @dataclass
 class PTuningConfig(SoftPromptConfig):
-    """`encoder_width`: the mlp's inner width, or what the LSTM's two directions make together; null: the
-    backbone's, so each direction has half of it."""
+    """The settings of P-tuning. `encoder_width` is the mlp's inner width, or the width of the LSTM's two directions
+    together; null stands for the backbone's, so that each direction has half of it.
+    """
 
     num_soft_tokens: int = at_least(20, 1)
     position: str = choice("before_instruction", "before_instruction", "after_instruction")
@@ -45,7 +46,7 @@ class PTuningConfig(SoftPromptConfig):
         return SizeKnob("encoder_width", 2 if self.encoder == "lstm" else 1)
 
     def width(self, backbone: Backbone) -> int:
-        """`encoder_width` settled; even for the LSTM."""
+        """Return `encoder_width` as a number, which is even for the LSTM."""
         width = self.encoder_width or backbone.embedding_size
         return width + width % 2 if self.encoder == "lstm" else width
 
@@ -63,8 +64,9 @@ class LstmEncoder(nn.Module):
 
 
 class PTuning(SoftPrompt):
-    """`table` (s, d) and `encoder`, both float32; the encoded soft tokens' states run through the layers as
-    tokens do."""
+    """The method's module: `table` (s, d) and `encoder`, both in float32. The encoded soft tokens' states run through
+    the layers as tokens do.
+    """
 
     def __init__(self, config: PTuningConfig, d: int, width: int) -> None:
         super().__init__()

@@ -16,6 +16,8 @@ Ours are (R), reconstructed for a decoder, or (I):
 
 The dev loss, which picks the checkpoint, is the cross-entropy alone (I). The teacher is saved with the adapter, so that
 nothing else is needed to load it; afterwards it takes no part.
+
+Letters in brackets such as (I) say what a statement rests on: docs/methods.md, "Labels".
 """
 
 from __future__ import annotations

@@ -14,6 +14,8 @@ The size is not: r = 12 without biases has 8.9M parameters on LLaMA-2 7B, which 
 Queries are scaled before any rotation or norm of theirs, and where a feed-forward has no gate, U is what its activation
 function is applied to (I). Whether the paper learns g is not known; here it is IAPT's rational activation, trained
 bi-level, or a fixed function.
+
+Letters in brackets such as (I) say what a statement rests on: docs/methods.md, "Labels".
 """
 
 from __future__ import annotations

@@ -14,6 +14,8 @@ backbones of one width; and differential privacy, which belongs to the source's 
 noise, an accountant): this objective reads nothing but the finished source.
 
 The source is read before training starts, and is no part of the adapter: a saved one loads without it.
+
+Letters in brackets such as (I) say what a statement rests on: docs/methods.md, "Labels".
 """
 
 from __future__ import annotations
@@ -36,7 +38,9 @@ KEY = "method.source"
 
 @dataclass
 class PostConfig(PromptTuningConfig):
-    """`source` is the run to learn from: any soft-prompt method's, on a backbone with this one's vocabulary."""
+    """The settings of POST. `source` is the run to learn from: a run of any soft-prompt method, on a backbone with
+    this one's vocabulary.
+    """
 
     learning_rate: float = at_least(3e-2, 0)
     source: str | None = field(default=None, metadata={"adapter": True})

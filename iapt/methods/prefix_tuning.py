@@ -10,6 +10,8 @@
     projected     v^l W^l, v^l (s, low_dim), a map a layer (MiLoRA's P-tuning v2: 640 -> 4096, label S)
 
 Either way the soft columns stand in the sequence: text positions start at s before the instruction.
+
+Letters in brackets such as (I) say what a statement rests on: docs/methods.md, "Labels".
 """
 
 from __future__ import annotations
@@ -35,8 +37,10 @@ from iapt.model.method import SoftPrompt
 
 @dataclass
 class PrefixTuningConfig(SoftPromptConfig):
-    """`mlp_width` is read with reparameterization mlp, `low_dim` with projected. `init_std`: standard deviation of
-    what a layer is given at the start with none and projected; the mlp starts as torch's linear maps do."""
+    """The settings of prefix tuning and P-tuning v2. `mlp_width` is read only with the reparameterization `mlp`, and
+    `low_dim` only with `projected`. `init_std` is the standard deviation of the values that a layer is given at
+    the start with `none` and `projected`; the mlp starts as torch's linear maps do.
+    """
 
     learning_rate: float = at_least(3e-3, 0)
     num_soft_tokens: int = at_least(10, 1)
@@ -53,19 +57,19 @@ class PrefixTuningConfig(SoftPromptConfig):
 
 
 class Free(nn.Module):
-    """`prompts` (L, s, out)."""
+    """Values that are trained as they are: `prompts` (L, s, out)."""
 
     def __init__(self, config: PrefixTuningConfig, num_layers: int, outputs: int) -> None:
         super().__init__()
         self.prompts = nn.Parameter(torch.randn(num_layers, config.num_soft_tokens, outputs) * config.init_std)
 
     def forward(self, layer: int) -> Tensor:
-        """What layer `layer` is given, (s, out)."""
+        """Return the values (s, out) that layer `layer` is given."""
         return self.prompts[layer]
 
 
 class Mlp(nn.Module):
-    """`prompts` P' (s, d), `down` W1 for all layers, `up` one W2^l a layer."""
+    """Values made by an MLP: `prompts` P' (s, d), `down` W1 for all layers, and in `up` one W2^l for each layer."""
 
     def __init__(self, config: PrefixTuningConfig, num_layers: int, outputs: int, d: int) -> None:
         super().__init__()
@@ -75,12 +79,12 @@ class Mlp(nn.Module):
         self.up = nn.ModuleList(nn.Linear(config.mlp_width, outputs) for _ in range(num_layers))
 
     def forward(self, layer: int) -> Tensor:
-        """What layer `layer` is given, (s, out)."""
+        """Return the values (s, out) that layer `layer` is given."""
         return self.up[layer](self.down(self.prompts).tanh())
 
 
 class Projected(nn.Module):
-    """`prompts` v (L, s, low_dim), `maps` W (L, low_dim, out)."""
+    """Values projected from fewer dimensions: `prompts` v (L, s, low_dim), `maps` W (L, low_dim, out)."""
 
     def __init__(self, config: PrefixTuningConfig, num_layers: int, outputs: int) -> None:
         super().__init__()
@@ -89,7 +93,7 @@ class Projected(nn.Module):
         self.maps = nn.Parameter(torch.randn(num_layers, low, outputs) * config.init_std * low**-0.5)
 
     def forward(self, layer: int) -> Tensor:
-        """What layer `layer` is given, (s, out)."""
+        """Return the values (s, out) that layer `layer` is given."""
         return self.prompts[layer] @ self.maps[layer]
 
 
@@ -166,7 +170,7 @@ def _heads(config: PrefixTuningConfig, backbone: Backbone) -> tuple[int, int] | 
 
 
 def _outputs(d: int, heads: tuple[int, int] | None) -> int:
-    """How many numbers a layer is given for each soft token: d, or as many as its keys and values have."""
+    """Return how many numbers a layer is given for each soft token: d, or as many as its keys and values have."""
     return d if heads is None else 2 * heads[0] * heads[1]
 
 

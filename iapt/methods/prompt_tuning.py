@@ -19,8 +19,10 @@ from iapt.model.method import SoftPrompt
 
 @dataclass
 class PromptTuningConfig(SoftPromptConfig):
-    """`init`: random draws N(0, `init_std`^2), vocabulary copies embeddings of random tokens, text copies the
-    embeddings of `init_text`, repeated or cut to `num_soft_tokens`."""
+    """The settings of prompt tuning. `init` says where P starts: `random` draws from N(0, `init_std`^2), `vocabulary`
+    copies the embeddings of random tokens, and `text` copies the embeddings of `init_text`, repeated or cut to
+    `num_soft_tokens`.
+    """
 
     learning_rate: float = at_least(3e-2, 0)
     num_soft_tokens: int = at_least(20, 1)

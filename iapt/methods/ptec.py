@@ -10,6 +10,8 @@ sum to 1 over the labels, one pass scores them all, and none but a label can be 
 
 The authors' multi-label form (a binary cross-entropy for each label) is left out: a task's row has one label here.
 `generate` still decodes through the LM head, which nothing has tuned.
+
+Letters in brackets such as (I) say what a statement rests on: docs/methods.md, "Labels".
 """
 
 from __future__ import annotations
@@ -29,14 +31,14 @@ from iapt.model.method import Passes
 
 @dataclass
 class PtecConfig(LabelPromptConfig):
-    """`head_learning_rate` is the head's, `learning_rate` the soft tokens'."""
+    """The settings of PTEC. `head_learning_rate` is the head's, `learning_rate` the soft tokens'."""
 
     learning_rate: float = at_least(3e-2, 0)
     head_learning_rate: float = at_least(1e-3, 0)
 
 
 class Ptec(PromptTuning):
-    """`prompt` (s, d) and `head`, a linear map d -> C, both in float32."""
+    """The method's module: `prompt` (s, d) and `head`, a linear map d -> C, both in float32."""
 
     has_objective = True
     scores_labels = True

@@ -10,6 +10,8 @@ there, the whole LM), on the cross-entropy of softmax(score).
 
 Terms are given in `method.words`; with none this is plain scoring. How the authors find them, retrieval from knowledge
 bases and filtering by two encoders fitted to the domain, is left out.
+
+Letters in brackets such as (I) say what a statement rests on: docs/methods.md, "Labels".
 """
 
 from __future__ import annotations
@@ -65,7 +67,7 @@ class SciPromptConfig(LabelPromptConfig):
 
 
 class SciPrompt(PromptTuning):
-    """`prompt` (s, d).
+    """The method's module. `prompt` (s, d) is what is trained.
 
     Attributes:
         weights: (K,) float32 buffer, of all labels' terms one after another.

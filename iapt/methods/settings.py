@@ -14,17 +14,17 @@ from iapt.methods.registry import METHODS
 
 
 def load_config(composed: DictConfig | dict[str, Any], schema: type[Any] = Config) -> Any:
-    """As `iapt.config.check.load_config`."""
+    """Check a composed configuration; see `iapt.config.check.load_config`."""
     return check.load_config(composed, _schemas(), schema)
 
 
 def method_config(settings: Mapping[str, Any]) -> MethodConfig:
-    """As `iapt.config.check.method_config`."""
+    """Check the settings of a method by themselves; see `iapt.config.check.method_config`."""
     return check.method_config(settings, _schemas())
 
 
 def unknown_keys(partial: dict[str, Any], also: tuple[str, ...] = ()) -> list[str]:
-    """As `iapt.config.check.unknown_keys`."""
+    """List the keys that the schema lacks; see `iapt.config.check.unknown_keys`."""
     return check.unknown_keys(partial, _schemas(), also)
 
 

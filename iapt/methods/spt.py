@@ -17,6 +17,8 @@ layer had none (I). Without biases r = 64 at every layer of LLaMA-2 7B makes the
 
 The generators that are kept go back to their initial values, and optimiser and learning rate start anew with them (I).
 A checkpoint from before that is never chosen. `count` is of the search; what is active after it is reported.
+
+Letters in brackets such as (I) say what a statement rests on: docs/methods.md, "Labels".
 """
 
 from __future__ import annotations
@@ -145,7 +147,7 @@ class Spt(SoftPrompt):
         return frozenset(layer for layer, stays in enumerate(kept) if not stays) if any(kept) else frozenset()
 
     def idle(self) -> frozenset[str]:
-        """Once layers are chosen, the gates and the generators of the others."""
+        """Once layers are chosen, the gates and the generators of the other layers are idle."""
         hidden = tuple(f"generators.{layer}." for layer in self.masked_layers)
         return frozenset(name for name in self.trainable() if hidden and (name == "gates" or name.startswith(hidden)))
 
@@ -189,7 +191,7 @@ class Spt(SoftPrompt):
         return True
 
     def can_be_checkpoint(self, step: int) -> bool:
-        """Once the layers are chosen."""
+        """A checkpoint may be taken once the layers are chosen."""
         return bool(self.kept.any())
 
     def training_state(self) -> dict[str, Any]:
@@ -222,7 +224,7 @@ class Spt(SoftPrompt):
 
 
 def num_kept(config: SptConfig, num_layers: int) -> int:
-    """How many of a backbone's layers have soft tokens in the end."""
+    """Return how many of a backbone's layers have soft tokens in the end."""
     if config.layers is not None:
         return len(config.layers)
     return -(-num_layers // 2) if config.keep is None else config.keep

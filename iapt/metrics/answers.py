@@ -23,7 +23,7 @@ def normalize_answer(text: str) -> str:
 
 
 def exact_match(prediction: str, reference: str) -> bool:
-    """Whether the two are equal once normalised."""
+    """Say whether the two are equal once normalised."""
     return normalize_answer(prediction) == normalize_answer(reference)
 
 

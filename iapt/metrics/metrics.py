@@ -134,7 +134,7 @@ class QaF1Em(Metric):
     """The mean of F1 and exact match as the scripts of SQuAD v1.1 and ReCoRD compute them.
 
     Each is the best over the references, averaged over the predictions; normalisation in `iapt.metrics.answers`. The
-    mean of the two is what IAPT's series reports (S). Rajpurkar et al., 2016, SQuAD: 100,000+ Questions.
+    mean of the two is what IAPT's series reports. Rajpurkar et al., 2016, SQuAD: 100,000+ Questions.
     """
 
     kind = GENERATION
@@ -253,7 +253,9 @@ def check(names: Sequence[str], kind: str, tokenizer: str = "default") -> None:
 
 
 def notes(names: Sequence[str], tokenizer: str = "default", references: Sequence[str] = ()) -> list[str]:
-    """A word about every named metric that cannot be computed here, or cannot read the script of the references."""
+    """Return a note about every named metric that cannot be computed here, or cannot read the
+    script of the references.
+    """
     missing = "meteor" in names and find_wordnet() is None
     found = [f"meteor: {NEEDS_WORDNET} ({_GET_WORDNET})"] if missing else []
     return found + writing_systems.notes(
@@ -269,7 +271,7 @@ def bleu_scorer(tokenizer: str, **options: Any) -> Any:
 
 
 def word_options(name: str, tokenizer: str) -> dict[str, str]:
-    """What the named metric has to be told besides predictions and references."""
+    """Return what the named metric has to be told besides predictions and references."""
     return {"tokenizer": tokenizer} if getattr(METRICS[name], "counts_words", False) else {}
 
 

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from iapt.config.errors import UserError
 from iapt.data.batch import Batch
+from iapt.folder.summary import refuse_finished
 from iapt.model.backbone import Backbone
-from iapt.model.checkpoint import read_summary, save_adapter
+from iapt.model.checkpoint import save_adapter
 from iapt.model.decoding import behind_prefix, new_tokens, plan_decoding
 from iapt.model.engine import Engine, Prefix
 from iapt.model.method import Method, WeightMethod
@@ -108,8 +109,7 @@ class AdaptedModel(nn.Module):
         if self.meta is None:
             raise ValueError("this model was built without meta, so its adapter could not be told from others")
         folder = Path(path)
-        if read_summary(folder).get("status") == "ok":
-            raise UserError(f"path = {folder}: holds a finished run; nothing was changed, choose another")
+        refuse_finished(folder, "path")
         folder.mkdir(parents=True, exist_ok=True)
         save_adapter(folder, self.adapter_state(), self.meta)
 
@@ -133,7 +133,7 @@ class AdaptedModel(nn.Module):
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
-        """A context in which this is the bare backbone."""
+        """Return a context in which this is the bare backbone."""
         was, self.engine.active = self.engine.active, False
         with self.method.disabled() if isinstance(self.method, WeightMethod) else nullcontext():
             try:
@@ -161,8 +161,8 @@ class AdaptedModel(nn.Module):
     # -- the three verbs ----------------------------------------------------------------------------------
 
     def loss(self, batch: Batch, reduction: str = "mean") -> Tensor:
-        """What training minimises: the cross-entropy of the response tokens given the instruction, in nats, unless
-        the method has an objective of its own. A scalar in float32 or better.
+        """Return what training minimises, a scalar in float32 or better. It is the cross-entropy of the response
+        tokens given the instruction, in nats, unless the method has an objective of its own.
 
         Args:
             batch: instructions and responses.

@@ -52,7 +52,7 @@ class Arguments:
 
 
 def arguments_of(lm: PreTrainedModel) -> Arguments:
-    """How this LM wants to be called.
+    """How the forward pass of this LM is called.
 
     Raises:
         UserError: if it takes neither embeddings nor a KV cache under a name that is known here, is an encoder, or
@@ -95,13 +95,13 @@ def _parameters(module: nn.Module) -> set[str]:
 
 
 def is_rewindable(lm: PreTrainedModel) -> bool:
-    """Whether a cache of this model's can be taken back by a column: keys and values can, recurrent states cannot."""
+    """Say whether a column can be removed from this model's cache: keys and values can, recurrent states cannot."""
     layers = DynamicCache(config=lm.config).layers
     return all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers)
 
 
 def takes_ids_at_every_layer(lm: PreTrainedModel) -> bool:
-    """Whether layers read embeddings of their own besides the hidden states (Gemma 3n, Gemma 4)."""
+    """Say whether layers read embeddings of their own besides the hidden states (Gemma 3n, Gemma 4)."""
     return bool(getattr(text_config(lm), "hidden_size_per_layer_input", 0))
 
 
@@ -139,10 +139,12 @@ def decoder_layers(lm: PreTrainedModel) -> nn.ModuleList:
     # A wrapper around several models answers with the language model; an LM without the method, with itself.
     for module in (decoder if isinstance(decoder, nn.Module) else lm).modules():
         if isinstance(module, nn.ModuleList) and len(module) == config.num_hidden_layers:
-            if hasattr(module[0], "out_lin"):  # XLM keeps lists of sublayers instead
+            if not module or hasattr(module[0], "out_lin"):  # XLM keeps lists of sublayers instead
                 break
             return module
-    raise UserError(f"backbone: found no list of decoder layers in {kind}")
+    raise UserError(
+        f"backbone: found no list of decoder layers in {kind} (num_hidden_layers = {config.num_hidden_layers})"
+    )
 
 
 # -- inside a layer -------------------------------------------------------------------------------------------
@@ -168,7 +170,7 @@ def check_keys_and_values(layer: nn.Module) -> None:
 
 @dataclass(frozen=True)
 class MaskArgument:
-    """Where an attention module is handed its mask.
+    """The argument by which an attention module is given its mask.
 
     Attributes:
         signature: of its forward pass.

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
@@ -20,10 +23,11 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils import cached_file
 from transformers.utils.logging import disable_progress_bar
 
-from iapt.config.errors import UserError
+from iapt.config.errors import UserError, nearest
 from iapt.config.schema import BackboneConfig
 from iapt.model.architecture import context_of, decoder_layers, decoder_of, text_config
 
@@ -102,7 +106,7 @@ class Backbone:
         return self.embeddings(ids)
 
     def identity(self) -> dict[str, Any]:
-        """What an adapter must find again: architecture, sizes and a fingerprint of the weights."""
+        """Return what identifies the backbone of an adapter: architecture, sizes and a fingerprint of the weights."""
         config = self.lm.config
         return {
             "name": self.name,
@@ -127,6 +131,37 @@ class Backbone:
         return digest.hexdigest()[:16]
 
 
+MOST_LAYERS = 10_000  # of any kind of layer, and of experts; the deepest models have a few hundred
+
+
+@contextmanager
+def _any_shape() -> Iterator[None]:
+    """Sizes that make no model end in whatever their first use ends in: a division by zero, a negative dimension."""
+    try:
+        yield
+    except (ArithmeticError, RuntimeError, LookupError, AttributeError) as error:
+        raise ValueError(f"{type(error).__name__}: {error}") from error
+
+
+def _refuse_size(shape: dict[str, Any], dtype: torch.dtype) -> None:
+    """A slip in a number, or a stranger's adapter, must not fill the memory before a word is said.
+
+    Raises:
+        UserError: more layers or experts than any model has, weights that this machine's memory cannot hold.
+    """
+    for key, value in shape.items():
+        if re.search("layer|expert", key) and isinstance(value, int) and value > MOST_LAYERS:
+            raise UserError(f"backbone.shape.{key} = {value}: allowed are at most {MOST_LAYERS:,}")
+    with torch.device("meta"):
+        count = sum(p.numel() for p in AutoModelForCausalLM.from_config(AutoConfig.for_model(**shape)).parameters())
+    needed, there = count * dtype.itemsize, psutil.virtual_memory().total
+    if needed > there:
+        raise UserError(
+            f"backbone.shape = {shape}: {count:,} parameters in {str(dtype).removeprefix('torch.')} are "
+            f"{needed / 2**30:,.0f} GiB, and this machine's memory is {there / 2**30:,.0f} GiB"
+        )
+
+
 def build_backbone(
     config: BackboneConfig,
     *,
@@ -149,11 +184,18 @@ def build_backbone(
     source: str | Path = config.path if config.kind == "pretrained" and config.path else TINY_DIR
     implementation = None if attention == "auto" else attention  # None leaves it to transformers
     disable_progress_bar()  # of the loading of weights: noise beside the run's own
+    if config.kind == "random" and str(config.shape.get("model_type")) not in CONFIG_MAPPING:
+        raise UserError(
+            f"backbone.shape.model_type = {config.shape.get('model_type')!r}: transformers has no such architecture"
+            f"{nearest(str(config.shape.get('model_type')), CONFIG_MAPPING)}"
+        )
     try:
         if config.kind == "random":
-            lm = AutoModelForCausalLM.from_config(
-                AutoConfig.for_model(**config.shape), dtype=dtype, attn_implementation=implementation
-            )
+            with _any_shape():
+                _refuse_size(config.shape, dtype)
+                lm = AutoModelForCausalLM.from_config(
+                    AutoConfig.for_model(**config.shape), dtype=dtype, attn_implementation=implementation
+                )
         else:
             lm = AutoModelForCausalLM.from_pretrained(
                 source,
@@ -188,7 +230,7 @@ def build_backbone(
 
 
 def _ends_alone(source: str | Path, revision: str | None) -> GenerationConfig:
-    """What generation_config.json says about the tokens that end a text, and nothing else of it.
+    """Return the tokens that end a text according to generation_config.json, and nothing else of that file.
 
     No decoding of ours reads the rest (`iapt.model.decoding`), and a combination that transformers holds to be
     impossible would keep it from loading the model at all.

@@ -36,7 +36,7 @@ class PassCache(DynamicCache):  # type: ignore[misc]
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """As transformers' `Cache.update`."""
+        """Store keys and values as transformers' `Cache.update` does."""
         self.asked.add(layer_idx)
         if self._edit is not None:
             key_states, value_states = self._edit(layer_idx, key_states, value_states)

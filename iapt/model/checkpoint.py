@@ -1,12 +1,7 @@
-"""Files of a run that outlive it.
-
-adapter.safetensors   the method's tensors, float32
-adapter.json          schema version, method, backbone identity, template hash, and the run's whole configuration
-"""
+"""A saved adapter, whoever saved it: its tensors, and what says which method and backbone they belong to."""
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import Any
@@ -16,31 +11,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from iapt.config.errors import UserError
+from iapt.folder.files import write_json
+from iapt.folder.names import ADAPTER, META
+from iapt.model.stored import check_tensors, read_meta
 
 SCHEMA_VERSION = 1
-ADAPTER, META, SUMMARY = "adapter.safetensors", "adapter.json", "summary.json"
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Write JSON so that a reader, or a crash, never meets half a file."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.part")  # several ranks may write the same file
-    temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
-
-
-def read_summary(folder: Path) -> dict[str, Any]:
-    """The folder's `summary.json`, empty if there is none or it cannot be read."""
-    try:
-        summary = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return summary if isinstance(summary, dict) else {}
-
-
-def refuse_finished(folder: Path) -> None:
-    """Raises UserError if the folder holds a finished run."""
-    if read_summary(folder).get("status") == "ok":
-        raise UserError(f"hydra.run.dir = {folder}: already holds a finished run; nothing was changed, choose another")
 
 
 def save_adapter(folder: Path, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
@@ -65,7 +40,7 @@ def load_adapter(folder: Path, key: str = "checkpoint") -> tuple[dict[str, Tenso
         key: the setting that names it, for messages.
 
     Raises:
-        UserError: a missing folder or file, one that cannot be read, a newer schema.
+        UserError: a missing folder or file, one that cannot be read, a newer schema, tensors that are not finite.
     """
     for name in (META, ADAPTER):
         if not (folder / name).is_file():
@@ -74,14 +49,15 @@ def load_adapter(folder: Path, key: str = "checkpoint") -> tuple[dict[str, Tenso
                 f"{key} = {folder}: expected a run or adapter folder with {META} and {ADAPTER}; "
                 f"{name} is missing (found: {here or 'nothing'})"
             )
+    meta = read_meta(folder / META, f"{key} = {folder}")
+    version = meta.get("schema_version")
+    if version != SCHEMA_VERSION:
+        raise UserError(f"{key} = {folder}: schema version {version}, this release reads {SCHEMA_VERSION}")
     try:
-        meta = json.loads((folder / META).read_text(encoding="utf-8"))
         tensors = load_file(folder / ADAPTER)
     except (OSError, ValueError, SafetensorError) as error:
         raise UserError(f"{key} = {folder}: cannot be read: {error}") from error
-    version = meta.get("schema_version") if isinstance(meta, dict) else None
-    if version != SCHEMA_VERSION:
-        raise UserError(f"{key} = {folder}: schema version {version}, this release reads {SCHEMA_VERSION}")
+    check_tensors(tensors, f"{key} = {folder}")
     return tensors, meta
 
 

@@ -95,7 +95,7 @@ _OFF: dict[str, Any] = {"use_cache": True, "guidance_scale": 1, "num_beam_groups
 
 @dataclass
 class Decoding:
-    """How one call of `generate` decodes.
+    """The settings by which one call of `generate` decodes.
 
     Attributes:
         config: all options, for a backbone whose own generation config is out of the way (`behind_prefix`).

@@ -6,7 +6,7 @@ token's. No forward pass of transformers is copied, so any decoder works. Paddin
 soft tokens included (behind them it would push them out of the reach of attention windows), so positions come from
 the mask alone and no method ever searches for a boundary.
 
-The two layouts, and the passes they need (labels in the README, "Sources": the layouts are I):
+The two layouts, and the passes they need (the layouts are label I: docs/methods.md):
 
     before_instruction   [P, x_1 .. x_n, response]       the instruction sees P: one pass, gradient everywhere
     after_instruction    [x_1 .. x_n-1, P, x_n, response] it does not: one pass over x_1 .. x_n without gradient
@@ -106,7 +106,7 @@ class Engine:
             )
 
     def train(self, mode: bool) -> None:
-        """Whether a backward pass may follow. The backbone's modules stay in eval mode."""
+        """Say whether a backward pass may follow. The backbone's modules stay in eval mode."""
         self.training = mode
         self.hooks.recompute = mode and self.checkpointing
 

@@ -88,7 +88,7 @@ class LayerHooks:
             handle.remove()
 
     def before(self, module: nn.Module, act: BeforeModule) -> None:
-        """As `Site.before`."""
+        """Install a hook; see `Site.before`."""
 
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             return None if self.plan is None else act(self.plan, module, args, kwargs)
@@ -96,7 +96,7 @@ class LayerHooks:
         self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
 
     def after(self, module: nn.Module, act: AfterModule) -> None:
-        """As `Site.after`."""
+        """Install a hook; see `Site.after`."""
 
         def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
             return None if self.plan is None else act(self.plan, output)
@@ -124,7 +124,7 @@ class LayerHooks:
         return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
 
     def on_cache(self, plan: Plan) -> CacheEdit | None:
-        """What becomes of the keys and values that are written in a pass; None if they stay."""
+        """Return the function that changes the keys and values written in a pass, or None to keep them."""
         found = [act for edit in self._edits if (act := edit.on_cache(plan)) is not None]
         if not found:
             return None

@@ -2,6 +2,8 @@
 
 A *prompt-space* method is an `nn.Module` that answers which soft tokens a layer sees (`SoftPrompt`). A
 *weight-space* method changes the backbone's modules (`WeightMethod`).
+
+Letters such as (label S) say what a statement rests on: docs/methods.md, "Labels".
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from iapt.model.edits.layer_input import LayerInput
 
 
 class Passes(Protocol):
-    """What a method may ask of the model that it is a part of (`iapt.model.adapted.AdaptedModel`).
+    """The questions that a method may ask of the model it is a part of (`iapt.model.adapted.AdaptedModel`).
 
     Attributes:
         backbone: the frozen LM with its tokenizer.
@@ -34,7 +36,7 @@ class Passes(Protocol):
     method: Method | None
 
     def disabled(self) -> AbstractContextManager[None]:
-        """A context in which the model is the bare backbone."""
+        """Return a context in which the model is the bare backbone."""
 
     def response_logits(self, batch: Batch) -> Tensor:
         """(B, R, V): the logits that predict each response token, with gradient."""
@@ -51,7 +53,7 @@ class Passes(Protocol):
 
 @dataclass(frozen=True)
 class BiLevel:
-    """First-order bi-level training (label S): two kinds of steps in alternation, each on data of its own.
+    """Two kinds of steps in alternation, each on data of its own: first-order bi-level training (label S).
 
     Attributes:
         prefix: parameters whose saved name starts with it learn on held-out batches, all others on train batches.
@@ -69,7 +71,7 @@ _SAID_BY = {"objective": "has_objective", "label_scores": "scores_labels", "adju
 
 
 class Method(nn.Module):
-    """What the two kinds of method have in common. All but `trainable` are offers that most methods leave alone.
+    """The base of both kinds of method. All but `trainable` are offers that most methods leave alone.
 
     Attributes:
         lr_overrides: learning rates for parameters whose saved name starts with the key; these form groups of
@@ -133,7 +135,7 @@ class Method(nn.Module):
         return False
 
     def can_be_checkpoint(self, step: int) -> bool:
-        """Whether the adapter as it is after step `step` (0: untrained) may be the one that is kept.
+        """Say whether the adapter as it is after step `step` (0: untrained) may be the one that is kept.
 
         Where it may not, its dev loss is looked at but wears no patience. The run's last step always may.
         """
@@ -147,7 +149,7 @@ class Method(nn.Module):
         """Put back what `training_state` gave; `start` was called before, parameters and buffers are the saved ones."""
 
     def objective(self, model: Passes, batch: Batch) -> Tensor | None:
-        """What is minimised instead of the response tokens' cross-entropy, on `batch` of the adapted `model`.
+        """Return what is minimised instead of the response tokens' cross-entropy, on `batch` of the adapted `model`.
 
         Asked in training and for the dev loss; `self.training` tells them apart.
 
@@ -205,7 +207,8 @@ class SoftPrompt(Method):
         return None
 
     def edits(self) -> Sequence[Edit]:
-        """What the method does to a pass, in this order, each kind once at most; asked when a model is built.
+        """Return what the method does to a pass, in this order, each kind once at most. It is asked when a model is
+        built.
 
         `iapt.model.edits` holds those that there are, and a method may bring one of its own. Without any the soft
         tokens run through the layers as tokens do.

@@ -81,7 +81,9 @@ class RowMixture(SoftPrompt):
         return mixed
 
     def edits(self) -> Sequence[Edit]:
-        """Of every kind that an adapter has one; each does to a row what its adapter's does."""
+        """Return one edit for every kind that some adapter has; each treats a row as the edit of
+        the row's adapter does.
+        """
         return self._edits
 
     def adjust_scores(self, scores: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def self_attention_pool(states: Tensor, queries: Tensor, mask: Tensor) -> Tensor:
-    """Self-attention pooling: A = softmax over positions of Z W_sa, Q = A^T Z (label S).
+    """Self-attention pooling: A = softmax over positions of Z W_sa, Q = A^T Z (label S, docs/methods.md).
 
     Args:
         states: Z, (B, N, r).

@@ -1,7 +1,8 @@
 """Rational activation: g(x) = sum_j a_j x^j / (1 + |sum_k b_k x^k|), trained coefficients.
 
 The "safe" Pade activation unit (Molina et al., ICLR 2020), as IAPT's group uses it with m = 6, n = 5
-(label S). It starts as a least-squares fit of a known function; `scripts/fit_rational.py` makes the fits.
+(label S, docs/methods.md). It starts as a least-squares fit of a known function; `scripts/fit_rational.py` makes the
+fits.
 """
 
 from __future__ import annotations

@@ -78,7 +78,7 @@ def check(model: AdaptedModel, name: str, *, gradients: bool = True, switch: str
 
 
 def line(figures: dict[str, Any]) -> str:
-    """What `check` found, for people."""
+    """Describe in one line what `check` found."""
     if figures["status"] != "passed":
         return f"preflight: {figures['status']} {figures.get('skipped', {}).get('all', '')}".rstrip()
     compared = [v for k, v in figures.items() if k in WHAT and k != "moved"]

@@ -23,7 +23,7 @@ FLOOR = -1e4  # logits below it are not predictions but masks, as of the tokens 
 
 
 def distance(found: Tensor, wanted: Tensor, mask: Tensor) -> float:
-    """How far two (B, R, V) logits are apart, see `iapt.preflight`; mask (B, R) bool says at which positions.
+    """Measure how far two (B, R, V) logits are apart, see `iapt.preflight`; mask (B, R) bool says at which positions.
 
     NaN if one of them is not finite, except where both are masks.
     """

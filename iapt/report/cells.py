@@ -12,30 +12,13 @@ from dataclasses import dataclass, field
 from typing import Any, TypeGuard
 
 from iapt.config.errors import UserError
-from iapt.report.runs import FAILED, OK, VERSIONED, Run, short
+from iapt.config.fields import Role
+from iapt.config.roles import role_of
+from iapt.folder.summary import FAILED, OK
+from iapt.report.runs import AGREED, AGREED_SETTINGS, VERSIONED, Run, short
 
-MUST_AGREE = (
-    "protocol",
-    "metric",
-    "data_fingerprint",
-    "template_hash",
-    "backbone_fingerprint",
-    *(f"versions.{package}" for package in VERSIONED),
-    "seed",
-)
-# Settings that give a method another row where they differ. The rest is where and how a run computes, or is covered
-# by the circumstances that a cell may not mix (a template by its hash, the examples by their fingerprint).
-ROW_GROUPS = ("method.", "trainer.", "hardware.", "budget")
-ROW_KEYS = (
-    "backbone.quantization", "task.scoring", "task.normalize_scores", "task.num_beams", "task.max_new_tokens",
-    "task.max_train_examples",
-)  # fmt: skip
+MUST_AGREE = (*AGREED_SETTINGS, *AGREED, *(f"versions.{package}" for package in VERSIONED), "seed")
 INIT_FROM = "method.init_from"  # known by the task of the adapter, which has a folder of its own for every seed
-# The method's own learning rate is only what the trainer's defaults to.
-NO_ROW = (
-    "trainer.log_every", "trainer.eval_batch_size", "hardware.device", "method.name", "method.kind",
-    "method.learning_rate",
-)  # fmt: skip
 
 
 @dataclass(frozen=True, order=True)
@@ -136,11 +119,7 @@ def gather(runs: Sequence[Run], allow_mixed: Collection[str] = (), all_metrics: 
 
 def row_settings(run: Run) -> dict[str, str]:
     """The settings of a run that can give it a row of its own."""
-    found = {
-        key: _word(value)
-        for key, value in run.settings.items()
-        if (key.startswith(ROW_GROUPS) or key in ROW_KEYS) and key not in NO_ROW
-    }
+    found = {key: _word(value) for key, value in run.settings.items() if Role.ROW in role_of(key)}
     return {**found, INIT_FROM: _word(run.init_from)}
 
 
@@ -152,8 +131,8 @@ def _sort_out(runs: Sequence[Run]) -> tuple[list[str], list[Run]]:
         where = short(run.folder)
         if run.name("task") is None or run.name("method") is None:
             notes.append(f"left out {where}: does not say its task and method ({run.reason or run.status})")
-        elif run.checkpoint and run.summary.get("split", "test") != "test":
-            notes.append(f"left out {where}: an evaluation of {run.summary.get('split')}, not of test")
+        elif run.checkpoint and run.summary.split not in (None, "test"):
+            notes.append(f"left out {where}: an evaluation of {run.summary.split}, not of test")
         elif run.checkpoint and (run.checkpoint, run.name("task")) in trained:
             notes.append(f"left out {where}: scores again what a run in this report has trained and scored")
         else:
@@ -201,10 +180,10 @@ def _varying(runs: Iterable[Run]) -> dict[str, list[str]]:
 def _metrics(runs: list[Run], all_metrics: bool) -> list[str]:
     names: dict[str, None] = {}
     for run in runs:
-        if run.summary.get("metric"):
-            names[str(run.summary["metric"])] = None
+        if run.summary.metric:
+            names[run.summary.metric] = None
         if all_metrics:
-            scored = (run.summary.get("metrics") or {}).get("test") or {}
+            scored = run.summary.metrics.get("test") or {}
             names |= dict.fromkeys(
                 k.removesuffix("_note") for k, v in scored.items() if _number(v) or k.endswith("_note")
             )

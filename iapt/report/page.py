@@ -8,6 +8,7 @@ from importlib.metadata import version
 
 from jinja2 import Environment, PackageLoader
 
+from iapt.config.visible import visible
 from iapt.report.plots import Plot
 from iapt.report.sheet import BETTER, Sheet
 
@@ -26,6 +27,7 @@ def html(
         loader=PackageLoader("iapt.report", "."), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
     template = environment.get_template("page.html.j2")
-    return template.render(
+    page = template.render(
         title=title, sheets=sheets, pictures=pictures, folders=folders, version=version("iapt"), better=BETTER
     )
+    return visible(page)

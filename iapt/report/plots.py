@@ -13,9 +13,11 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure  # without pyplot: no display, no global state
 
+from iapt.config.visible import visible
+from iapt.folder.summary import OK
 from iapt.nn.rational import FIT_RANGE
 from iapt.report.cells import Board, Cell, Column, Row
-from iapt.report.runs import OK, Run
+from iapt.report.runs import Run
 from iapt.report.sheet import column_name, file_name
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f7f7f", "#8c564b", "#000000", "#b5bd00")
@@ -54,6 +56,15 @@ def plots(board: Board) -> list[Plot]:
 
 
 Drawn = tuple[Figure | None, str]
+
+
+def show_names_as_they_are(figure: Figure) -> None:
+    """Matplotlib reads what stands between two dollars as a formula, and has no picture of a control character."""
+    texts = [text for ax in figure.axes for text in (ax.title, ax.xaxis.label, ax.yaxis.label, *ax.texts)]
+    legends = [*figure.legends, *(legend for ax in figure.axes if (legend := ax.get_legend()))]
+    for text in (*texts, *(text for legend in legends for text in legend.get_texts())):
+        text.set_parse_math(False)
+        text.set_text(visible(text.get_text()))
 
 
 def _style(number: int) -> tuple[str, str, str]:
@@ -112,7 +123,7 @@ def _soft_tokens(board: Board) -> Drawn:
 
 def _parameters(board: Board) -> Drawn:
     def place(cell: Cell) -> float | None:
-        return _common(run.summary.get("trainable_params") for run in cell.finished)
+        return _common(run.summary.trainable_params for run in cell.finished)
 
     why = "no task has runs with two numbers of trainable parameters or more"
     return _against(board, place, None, "trainable parameters", why)
@@ -165,8 +176,8 @@ def _against(board: Board, place: Callable[[Cell], float | None], swept: str | N
 def _cost(board: Board) -> Drawn:
     points: dict[Column, list[tuple[Row, float, float, float]]] = defaultdict(list)
     for (row, column), cell in board.cells.items():
-        seconds = [r.summary.get("train_seconds") for r in cell.finished]
-        memory = [r.summary.get("peak_memory_bytes") for r in cell.finished]
+        seconds = [r.summary.train_seconds for r in cell.finished]
+        memory = [r.summary.peak_memory_bytes for r in cell.finished]
         if cell.median is not None and None not in [*seconds, *memory]:
             middle = (statistics.median(map(float, seconds)), statistics.median(map(float, memory)))  # type: ignore[arg-type]
             points[column].append((row, *middle, 100 * cell.median))

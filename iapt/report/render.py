@@ -11,6 +11,7 @@ from rich import box
 from rich.markup import escape
 from rich.table import Table
 
+from iapt.config.visible import csv_field, visible
 from iapt.report.bootstrap import Difference
 from iapt.report.cells import Board, Cell, state
 from iapt.report.runs import short
@@ -26,11 +27,11 @@ _LATEX = {
 def rich_table(sheet: Sheet) -> Table:
     """For a terminal; notes are the caption."""
     table = Table(
-        title=escape(sheet.title), caption=escape("\n".join(sheet.notes)), box=box.SIMPLE_HEAD, pad_edge=False,
-        title_justify="left", caption_justify="left",
+        title=escape(visible(sheet.title)), caption=escape(visible("\n".join(sheet.notes))),
+        box=box.SIMPLE_HEAD, pad_edge=False, title_justify="left", caption_justify="left",
     )  # fmt: skip
     for number, name in enumerate(sheet.header):
-        table.add_column(escape(name), justify="left" if number < sheet.left else "right", overflow="fold")
+        table.add_column(escape(visible(name)), justify="left" if number < sheet.left else "right", overflow="fold")
     for line in sheet.lines:
         table.add_row(*(_styled(entry) for entry in line))
     return table
@@ -50,7 +51,7 @@ def markdown(sheet: Sheet) -> str:
         bold = f"**{text}**" if entry.best else text
         return f"{bold} {entry.mark}" if entry.mark else bold
 
-    lines = [f"### {sheet.title}", "", "| " + " | ".join(cell(Entry(name)) for name in sheet.header) + " |"]
+    lines = [f"### {visible(sheet.title)}", "", "| " + " | ".join(cell(Entry(name)) for name in sheet.header) + " |"]
     lines.append("|" + "|".join("---" if i < sheet.left else "---:" for i in range(len(sheet.header))) + "|")
     lines += ["| " + " | ".join(cell(entry) for entry in line) + " |" for line in sheet.lines]
     return "\n".join([*lines, "", *(f"- {cell(Entry(note))}" for note in sheet.notes)]) + "\n"
@@ -79,8 +80,10 @@ def comma_separated(sheet: Sheet) -> str:
     """The entries as in the other formats, without the notes; a mark stands behind its value."""
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
-    writer.writerow(sheet.header)
-    writer.writerows([f"{entry.text}{entry.mark and ' ' + entry.mark}" for entry in line] for line in sheet.lines)
+    writer.writerow(map(csv_field, sheet.header))
+    writer.writerows(
+        [csv_field(f"{entry.text}{entry.mark and ' ' + entry.mark}") for entry in line] for line in sheet.lines
+    )
     return file.getvalue()
 
 
@@ -106,16 +109,16 @@ def cells_csv(boards: Sequence[Board], tests: Mapping[str, Tests]) -> str:
                 found: tuple[object, ...] = ("",) * 5
                 if isinstance(test, Difference):
                     found = (test.value, test.low, test.high, test.p, "" if test.adjusted is None else test.adjusted)
-                writer.writerow([
+                writer.writerow(map(csv_field, [
                     board.backbone, row.method, str(row), column.task, column.metric, "ok" if values else state(cell),
                     len(values), cell.median, cell.mean, cell.std, min(values, default=""), max(values, default=""),
                     *found, " | ".join(cell.reasons), " | ".join(short(run.folder) for run in cell.runs),
-                ])  # fmt: skip
+                ]))  # fmt: skip
     return file.getvalue()
 
 
 def _tex(text: str) -> str:
-    return "".join(_LATEX.get(character, character) for character in text)
+    return "".join(_LATEX.get(character, character) for character in visible(text))
 
 
 FORMATS: dict[str, tuple[str, Callable[[Sheet], str]]] = {

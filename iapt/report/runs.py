@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from iapt.config.errors import UserError
-from iapt.model.checkpoint import META, SUMMARY, read_summary
-from iapt.runs.launch import CONFIG_FILE
+from iapt.config.fields import Role
+from iapt.config.roles import with_role
+from iapt.folder.files import read_config, run_folders, whole_rows
+from iapt.folder.names import ACTIVATIONS, CONFIG, META, METRICS, PREDICTIONS, STATE, SUMMARY
+from iapt.folder.summary import FAILED, OK, UNFINISHED, Summary, read_summary
 from iapt.runs.sweep import flatten
-from iapt.training.state import STATE
 
-OK, FAILED, UNFINISHED = "ok", "failed", "unfinished"
+# What runs in one cell must share: fields of a summary, and settings that a summary does not repeat.
+AGREED = tuple(f.name for f in fields(Summary) if f.metadata.get("agree"))
+AGREED_SETTINGS = tuple(key for key in with_role(Role.AGREE) if key not in AGREED)
 VERSIONED = ("iapt", "torch", "transformers", "peft")  # packages whose version may change a result
-# `device` of a summary is the machine's architecture where a run computed on the CPU, else the GPU's name.
+# A summary without a `device_type` has for its `device` the machine's architecture where it computed on the CPU.
 ARCHITECTURES = {"x86_64", "amd64", "aarch64", "arm64", "i386", "i686", "ppc64le", "s390x", "riscv64"}
 
 
@@ -29,21 +31,19 @@ class Run:
 
     Attributes:
         folder: where it lies.
-        summary: content of `summary.json`, {} without one.
+        summary: what came of it.
         settings: `config.yaml`, flat: "trainer.max_steps" -> value; {} without one. An evaluation has those of the run
             that it scores, the task's aside.
     """
 
     folder: Path
-    summary: dict[str, Any]
+    summary: Summary
     settings: dict[str, Any]
 
     @property
     def status(self) -> str:
         """`ok`, `failed` or `unfinished`."""
-        if not self.summary:
-            return UNFINISHED
-        return OK if self.summary.get("status") == OK else FAILED
+        return self.summary.status if self.summary.status in (OK, UNFINISHED) else FAILED
 
     @property
     def reason(self) -> str:
@@ -51,7 +51,7 @@ class Run:
         if self.status == OK:
             return ""
         if self.status == FAILED:
-            return " ".join(str(self.summary.get("reason") or "no reason recorded").split())
+            return " ".join(str(self.summary.reason or "no reason recorded").split())
         resumable = "; resume=true continues it" if (self.folder / STATE).exists() else ""
         return f"no {SUMMARY}: still running or cut short, last logged step {self.last_step}{resumable}"
 
@@ -62,58 +62,59 @@ class Run:
 
     def name(self, key: str) -> str | None:
         """The task's, method's or backbone's name, None if the folder does not say."""
-        value = self.summary.get(key) or self.settings.get(f"{key}.name")
+        value = getattr(self.summary, key) or self.settings.get(f"{key}.name")
         return None if value is None else str(value)
 
     @property
     def seed(self) -> Any:
         """The run's seed, None if the folder does not say."""
-        return self.summary.get("seed", self.settings.get("seed"))
+        return self.settings.get("seed") if self.summary.seed is None else self.summary.seed
 
     @property
     def init_from(self) -> str | None:
         """The task of the adapter that training started from, its folder where none is known; None: a fresh start."""
-        record = self.summary.get("init_from") or {}
+        record = self.summary.init_from or {}
         folder = record.get("folder") or self.settings.get("method.init_from")
-        task = record.get("task") or (read_summary(Path(folder)).get("task") if folder else None)
+        task = record.get("task") or (read_summary(Path(folder)).task if folder else None)
         return task or folder
 
     @property
     def checkpoint(self) -> Path | None:
         """The run folder whose adapter was scored again here (`iapt-eval`); None for a training run."""
-        return Path(self.summary["checkpoint"]).resolve() if self.summary.get("checkpoint") else None
+        return Path(self.summary.checkpoint).resolve() if self.summary.checkpoint else None
 
     def value(self, metric: str) -> Any:
         """The test value of a metric (a fraction of 1), or the text that stands in its place; None: not scored."""
-        scored = (self.summary.get("metrics") or {}).get("test") or {}
+        scored = self.summary.metrics.get("test") or {}
         if metric in scored:
             return scored[metric]
         # A metric that could not be computed has a note in its place.
-        return scored.get(f"{metric}_note", self.summary.get("test") if metric == self.summary.get("metric") else None)
+        return scored.get(f"{metric}_note", self.summary.test if metric == self.summary.metric else None)
 
     @property
     def on_cpu(self) -> bool:
         """Whether it computed without a GPU."""
-        return str(self.summary.get("device", "")).lower() in ARCHITECTURES
+        known = self.summary.device_type
+        return known == "cpu" if known else (self.summary.device or "").lower() in ARCHITECTURES
 
     @property
     def hours(self) -> float | None:
         """Training time times processes, in hours; None if not recorded."""
-        seconds = self.summary.get("train_seconds")
-        return None if seconds is None else float(seconds) * int(self.summary.get("num_processes") or 1) / 3600
+        seconds = self.summary.train_seconds
+        return None if seconds is None else seconds * (self.summary.num_processes or 1) / 3600
 
     @property
     def circumstances(self) -> dict[str, str]:
         """What runs must share to stand in one cell; what a folder does not record is left out."""
-        versions, backbone = self.summary.get("versions") or {}, self.adapter.get("backbone") or {}
+        # A summary from before some of them were in it is helped out by the folder's other files.
+        beside = {
+            "protocol": self.settings.get("protocol"),
+            "backbone_fingerprint": (self.adapter.get("backbone") or {}).get("fingerprint"),
+        }
         found = {
-            "protocol": self.summary.get("protocol") or self.settings.get("protocol"),
-            "metric": self.summary.get("metric"),
-            "metric_tokenizer": self.settings.get("task.metric_tokenizer"),
-            "data_fingerprint": self.summary.get("data_fingerprint"),
-            "template_hash": self.summary.get("template_hash"),
-            "backbone_fingerprint": self.summary.get("backbone_fingerprint") or backbone.get("fingerprint"),
-            **{f"versions.{package}": versions.get(package) for package in VERSIONED},
+            **{key: self.settings.get(key) for key in AGREED_SETTINGS},
+            **{key: getattr(self.summary, key) or beside.get(key) for key in AGREED},
+            **{f"versions.{package}": self.summary.versions.get(package) for package in VERSIONED},
         }
         return {key: str(value) for key, value in found.items() if value is not None}
 
@@ -136,18 +137,18 @@ class Run:
     @cached_property
     def log(self) -> list[dict[str, Any]]:
         """The records of `metrics.jsonl`; a last line cut off by a crash is left out."""
-        return _lines(self.folder / "metrics.jsonl")
+        return whole_rows(self.folder / METRICS)
 
     @cached_property
     def predictions(self) -> list[dict[str, Any]]:
         """The test predictions in the split's order, [] without any."""
-        return _lines(self.folder / "predictions.jsonl")
+        return whole_rows(self.folder / PREDICTIONS)
 
     @cached_property
     def activations(self) -> list[dict[str, Any]]:
         """One record a layer of `activations.json`, [] without one."""
         try:
-            return list(json.loads((self.folder / "activations.json").read_text(encoding="utf-8"))["layers"])
+            return list(json.loads((self.folder / ACTIVATIONS).read_text(encoding="utf-8"))["layers"])
         except (OSError, ValueError, KeyError, TypeError):
             return []
 
@@ -164,11 +165,9 @@ def read_runs(paths: Sequence[Path]) -> list[Run]:
             raise UserError(
                 f"{path}: {'is a file' if path.exists() else 'no such folder'}; give a run folder, or one above"
             )
-        folders = sorted(
-            {p.parent.resolve() for name in (CONFIG_FILE, SUMMARY) for p in path.rglob(name)}, key=_by_number
-        )
+        folders = sorted({folder.resolve() for folder in run_folders(path)}, key=_by_number)
         if not folders:
-            raise UserError(f"{path}: no run folder in it; one holds {CONFIG_FILE} or {SUMMARY}")
+            raise UserError(f"{path}: no run folder in it; one holds {CONFIG} or {SUMMARY}")
         found |= dict.fromkeys(folders)
     return [_read(folder) for folder in found]
 
@@ -182,37 +181,10 @@ def short(folder: Path) -> str:
 
 
 def _read(folder: Path) -> Run:
-    run = Run(folder, read_summary(folder), _settings(folder))
+    run = Run(folder, read_summary(folder), flatten(read_config(folder)))
     if run.checkpoint and not run.settings:
-        run.settings = {k: v for k, v in _settings(run.checkpoint).items() if not k.startswith("task.")}
+        run.settings = {k: v for k, v in flatten(read_config(run.checkpoint)).items() if not k.startswith("task.")}
     return run
-
-
-def _settings(folder: Path) -> dict[str, Any]:
-    try:
-        content = yaml.safe_load((folder / CONFIG_FILE).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise UserError(f"{folder / CONFIG_FILE}: cannot be read: {error}") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{folder / CONFIG_FILE}: expected a mapping of settings")
-    return flatten(content)
-
-
-def _lines(path: Path) -> list[dict[str, Any]]:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError):
-        return []
-    records = []
-    # Not splitlines, which also splits at the line separators that a text inside a record may hold.
-    for line in filter(None, text.split("\n")):
-        try:
-            records.append(json.loads(line))
-        except ValueError:
-            break
-    return records
 
 
 def _by_number(folder: Path) -> tuple[Any, ...]:

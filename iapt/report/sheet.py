@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from iapt.config.visible import visible
 from iapt.report.bootstrap import Difference, Tested, corrected, difference, explained, interval, points
 from iapt.report.cells import Board, Cell, Column, Row, state
 
@@ -21,6 +22,9 @@ class Entry:
     text: str
     best: bool = False
     mark: str = ""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "text", visible(self.text))  # names and reasons come out of run folders
 
 
 @dataclass
@@ -190,9 +194,7 @@ def _best(board: Board, column: Column) -> float | None:
 
 
 def _parameters(board: Board, row: Row) -> str:
-    counts = sorted(
-        {int(r.summary["trainable_params"]) for r in board.finished(row) if "trainable_params" in r.summary}
-    )
+    counts = sorted({r.summary.trainable_params for r in board.finished(row) if r.summary.trainable_params is not None})
     if not counts:
         return ""
     return f"{counts[0]:,}" if len(counts) == 1 else f"{counts[0]:,}–{counts[-1]:,}"
@@ -220,8 +222,8 @@ def _caption(board: Board, counts: set[int], baseline: Row | None) -> str:
     ):
         values = sorted({run.circumstances.get(key, "not recorded") for run in runs})
         parts.append(f"{key.removeprefix('versions.').replace('_', ' ')} {' / '.join(values)}")
-    parts.append(f"commit {' / '.join(sorted({str(run.summary.get('git')) for run in runs}))}")
-    parts.append(f"computed on {' / '.join(sorted({str(run.summary.get('device')) for run in runs}))}")
+    parts.append(f"commit {' / '.join(sorted({str(run.summary.git) for run in runs}))}")
+    parts.append(f"computed on {' / '.join(sorted({str(run.summary.device) for run in runs}))}")
     if baseline:
         parts.append(f"{BETTER} / {WORSE}: {explained(f'that of {baseline}')}")
     return "; ".join(parts)

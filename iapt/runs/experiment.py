@@ -1,10 +1,4 @@
-"""One run, start to finish: build, score the bare backbone, train, evaluate, write the run folder.
-
-    config.yaml           the resolved configuration (written by whoever starts the run)
-    metrics.jsonl         losses by step
-    adapter.safetensors   the best adapter, with adapter.json
-    predictions.jsonl     the tuned model's test predictions
-    summary.json          the result; `status: ok` marks the folder as finished
+"""One run, start to finish: build, score the bare backbone, train, evaluate, write the run folder (`iapt.folder`).
 
 `run` and `evaluate` are the same code on one process and on many; every rank calls them with the same arguments.
 """
@@ -12,7 +6,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,15 +22,19 @@ from iapt.data.batch import Encoded
 from iapt.data.task import Task, build_task
 from iapt.evaluation.evaluate import Evaluation
 from iapt.evaluation.evaluate import evaluate as evaluate_split
+from iapt.folder.files import write_rows
+from iapt.folder.names import PREDICTIONS
+from iapt.folder.summary import OK, Summary, refuse_finished, write_summary
 from iapt.methods.budget import Fitted, fit_to_budget, parse_budget
 from iapt.methods.registry import spec_of
 from iapt.model.adapted import AdaptedModel
 from iapt.model.backbone import Backbone, build_backbone, shard_layers
-from iapt.model.checkpoint import SUMMARY, check_backbone, refuse_finished, save_adapter, write_json
+from iapt.model.checkpoint import check_backbone, save_adapter
 from iapt.model.method import SoftPrompt
 from iapt.runs import stages
 from iapt.runs.diagnosis import diagnose
 from iapt.runs.hardware import check_hardware
+from iapt.runs.own import paths_of, seal
 from iapt.runs.prepare import encode, present
 from iapt.runs.provenance import circumstances
 from iapt.runs.restore import put_back, read_saved
@@ -73,15 +70,12 @@ class Parts:
     notes: list[str]
 
 
-def run(config: Config, folder: Path) -> dict[str, Any]:
+def run(config: Config, folder: Path) -> Summary:
     """Train and evaluate one configuration.
 
     Args:
         config: checked by `load_config`.
         folder: the run folder; made if missing.
-
-    Returns:
-        The content of `summary.json`.
 
     Raises:
         UserError: bad input, a folder that holds a finished run among it.
@@ -96,7 +90,7 @@ def run(config: Config, folder: Path) -> dict[str, Any]:
         raise TrainingError(f"out of memory ({remedy}): {error}") from error
 
 
-def evaluate(checkpoint: Path, folder: Path, overrides: dict[str, Any], split: str = "test") -> dict[str, Any]:
+def evaluate(checkpoint: Path, folder: Path, overrides: dict[str, Any], split: str = "test") -> Summary:
     """Score a saved adapter.
 
     Args:
@@ -121,8 +115,8 @@ def evaluate(checkpoint: Path, folder: Path, overrides: dict[str, Any], split: s
     tracker = Tracker(folder, parts.accelerator, folder.name)
     for note in parts.notes:
         tracker.say(note)
-    same_task = config.task.name == meta["config"]["task"]["name"]
-    if same_task and parts.task.template_hash != meta["template_hash"]:
+    same_task = config.task.name == (meta["config"].get("task") or {}).get("name")
+    if same_task and parts.task.template_hash != meta.get("template_hash"):
         tracker.say("the template is not the one this adapter was trained with")
     tracker.say(preflight.run(config, parts.model, gradients=False))
     start = time.perf_counter()
@@ -130,23 +124,21 @@ def evaluate(checkpoint: Path, folder: Path, overrides: dict[str, Any], split: s
         parts.model, config.task, parts.task.splits[split], parts.items[split],
         config.trainer.eval_batch_size, parts.accelerator,
     )  # fmt: skip
-    summary = {
+    summary = Summary(
         **_identity(config, parts),
-        "checkpoint": str(checkpoint),
-        "split": split,
-        "zero_shot": None,
-        "dev": None,
-        "test": None,
-        split: result.values[config.task.metrics[0]],
-        "metrics": {split: result.values},
-        "preflight": parts.model.preflight,
-        "status": "ok",
-        "eval_seconds": round(time.perf_counter() - start, 3),
+        checkpoint=str(checkpoint),
+        split=split,
+        metrics={split: result.values},
+        preflight=parts.model.preflight,
+        status=OK,
+        eval_seconds=round(time.perf_counter() - start, 3),
         **circumstances(parts.accelerator),
-    }
+    )
+    if split != "train":
+        setattr(summary, split, result.values[config.task.metrics[0]])
     if parts.accelerator.is_main_process:
-        _write_predictions(folder, result.predictions)
-        write_json(folder / SUMMARY, summary)
+        write_rows(folder / PREDICTIONS, result.predictions)
+        write_summary(folder, summary)
     parts.model.detach()
     return summary
 
@@ -196,7 +188,7 @@ def build(config: Config, *, to_train: bool = False) -> Parts:
     return Parts(config, fitted, accelerator, task, bare, backbone, parameters, identity, model, origin, items, notes)
 
 
-def _run(config: Config, folder: Path) -> dict[str, Any]:
+def _run(config: Config, folder: Path) -> Summary:
     parts = build(config, to_train=True)
     config = parts.config
     accelerator, task, model = parts.accelerator, parts.task, parts.model
@@ -211,6 +203,8 @@ def _run(config: Config, folder: Path) -> dict[str, Any]:
         "template_hash": task.template_hash,
         "trainable_params": identity["trainable_params"],
         "config": to_dict(config),
+        "paths": (paths := paths_of(config)),
+        "seal": seal(paths),
     }
     tracker.say(
         f"{config.method.name}: {identity['trainable_params']:,} trainable parameters on {config.backbone.name} "
@@ -239,25 +233,24 @@ def _run(config: Config, folder: Path) -> dict[str, Any]:
     for line in stages.report(config, model, parts.items["dev"], accelerator, folder):
         tracker.say(line)
     dev, test = score(task, parts.items, "dev"), score(task, parts.items, "test")
-    summary = {
+    summary = Summary(
         **identity,
-        "init_from": parts.origin.record() if parts.origin else None,
-        "zero_shot": zero_shot[metric] if zero_shot else None,
-        "dev": dev.values[metric],
-        "test": test.values[metric],
-        "majority": task.majority("test"),
-        "metrics": {"zero_shot": zero_shot, "dev": dev.values, "test": test.values},
+        init_from=parts.origin.record() if parts.origin else None,
+        zero_shot=zero_shot[metric] if zero_shot else None,
+        dev=dev.values[metric],
+        test=test.values[metric],
+        majority=task.majority("test"),
+        metrics={"zero_shot": zero_shot, "dev": dev.values, "test": test.values},
         **training,
-        "preflight": model.preflight,
-        "note": None,
-        "status": "ok",
+        preflight=model.preflight,
+        status=OK,
         **circumstances(parts.accelerator),
-    }
-    tracker.log(training["steps"], {f"{split}_{metric}": summary[split] for split in ("dev", "test")})
+    )
+    tracker.log(training["steps"], {f"dev_{metric}": summary.dev, f"test_{metric}": summary.test})
     if accelerator.is_main_process:
-        summary["note"] = diagnose(stages.facts(config, summary, test, folder))
-        _write_predictions(folder, test.predictions)
-        write_json(folder / SUMMARY, summary)
+        summary.note = diagnose(stages.facts(config, summary, test, folder))
+        write_rows(folder / PREDICTIONS, test.predictions)
+        write_summary(folder, summary)
     if trainer:
         trainer.finish()
     tracker.finish()
@@ -266,6 +259,7 @@ def _run(config: Config, folder: Path) -> dict[str, Any]:
 
 
 def _identity(config: Config, parts: Parts) -> dict[str, Any]:
+    """The fields of a `Summary` that say what was run."""
     return {
         "task": config.task.name,
         "method": config.method.name,
@@ -276,10 +270,6 @@ def _identity(config: Config, parts: Parts) -> dict[str, Any]:
         "protocol": config.protocol,
         "template_hash": parts.task.template_hash,
         "data_fingerprint": parts.task.fingerprint,
+        "backbone_fingerprint": parts.backbone_identity["fingerprint"],
         "budget": parts.fitted.record() if parts.fitted else None,
     }
-
-
-def _write_predictions(folder: Path, predictions: list[dict[str, Any]]) -> None:
-    with (folder / "predictions.jsonl").open("w", encoding="utf-8") as file:
-        file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in predictions)

@@ -19,26 +19,26 @@ from typing import Any, NoReturn
 
 import psutil
 import torch
-import yaml
 
 from iapt.config.errors import ConfigError, TrainingError, UserError
+from iapt.config.fields import Role
+from iapt.config.roles import role_of
 from iapt.config.schema import Config, to_dict
-from iapt.model.checkpoint import SUMMARY, load_adapter, read_summary, refuse_finished, write_json
+from iapt.folder.files import read_config, write_config
+from iapt.folder.names import CELL, CONFIG, OUTPUT, STATE, SUMMARY
+from iapt.folder.summary import FAILED, SCHEMA_VERSION, Summary, names_in, read_summary, refuse_finished, write_summary
+from iapt.model.checkpoint import load_adapter
 from iapt.runs.hardware import check_hardware, cores
-from iapt.runs.sweep import CELL, OUTPUT, cell_id, flatten, is_under, read_cell
-from iapt.training.state import STATE
+from iapt.runs.sweep import cell_id, flatten, read_cell
 
 log = logging.getLogger(__name__)
 
-CONFIG_FILE = "config.yaml"
-# What may change between a run and its continuation without changing what is computed.
-MAY_DIFFER = ("resume", "sweep", "hardware", "tracking", "preflight", "trainer.log_every", "trainer.eval_batch_size")
 # Of a run's own process: interrupted, or told to stop, as a batch system tells every process of a job at once.
 STOPPED = (128 + signal.SIGINT, -signal.SIGINT, 128 + signal.SIGTERM, -signal.SIGTERM)
 SECONDS_TO_STOP = 20.0
 
 
-def launch(config: Config, folder: Path, *, own_process: bool = False) -> dict[str, Any]:
+def launch(config: Config, folder: Path, *, own_process: bool = False) -> Summary:
     """Run `config` in `folder` and return its summary.
 
     Args:
@@ -53,9 +53,9 @@ def launch(config: Config, folder: Path, *, own_process: bool = False) -> dict[s
     """
     if not config.resume:
         refuse_finished(folder)
-    elif (finished := read_summary(folder)).get("status") == "ok":
+    elif (before := read_summary(folder)).finished:
         log.info("%s: already finished, nothing to do", folder)
-        return finished
+        return before
     config = with_absolute_paths(config)
     if (folder / STATE).parent.exists():  # there only while a run is unfinished
         if not config.resume:
@@ -71,7 +71,7 @@ def launch(config: Config, folder: Path, *, own_process: bool = False) -> dict[s
 
     folder.mkdir(parents=True, exist_ok=True)
     (folder / SUMMARY).unlink(missing_ok=True)  # of an attempt that failed
-    (folder / CONFIG_FILE).write_text(yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True))
+    write_config(folder, to_dict(config))
     if own_process or config.hardware.num_processes > 1:
         return _run_in_child(config, folder)
 
@@ -96,21 +96,17 @@ def record_failure(folder: Path, error: Exception, config: dict[str, Any]) -> bo
         Whether this call wrote it (of several ranks that fail together, one does).
     """
     there = read_summary(folder)
-    if there.get("status") == "ok" or "exit_code" in there:
+    if there.finished or there.exit_code is not None:
         return False
     expected = isinstance(error, UserError | TrainingError)
-    summary = {
-        "task": (config.get("task") or {}).get("name"),
-        "method": (config.get("method") or {}).get("name"),
-        "backbone": (config.get("backbone") or {}).get("name"),
-        "seed": config.get("seed"),
-        "status": "failed",
+    told = {
+        **names_in(config),
         "reason": str(error) if expected else f"{type(error).__name__}: {error}",
         "exit_code": error.exit_code if isinstance(error, UserError | TrainingError) else 1,
-        **there,  # the run itself may have recorded more
     }
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / SUMMARY, summary)
+    # The run itself may have said more.
+    own = {key: value for key, value in told.items() if getattr(there, key) is None}
+    write_summary(folder, dataclasses.replace(there, status=FAILED, schema_version=SCHEMA_VERSION, **own))
     return True
 
 
@@ -142,7 +138,7 @@ def start_ranks(folder: Path, config: Config) -> int:
     return 0
 
 
-def _run_in_child(config: Config, folder: Path) -> dict[str, Any]:
+def _run_in_child(config: Config, folder: Path) -> Summary:
     # -P, as in the command itself: a file of the working directory, evaluate.py say, is not the library of that name.
     command = [sys.executable, "-P", "-m", "iapt.runs.worker", str(folder), "--quiet", "--parent", str(os.getpid())]
     output = (folder / OUTPUT).open("ab") if (folder / CELL).exists() else None
@@ -158,12 +154,12 @@ def _run_in_child(config: Config, folder: Path) -> dict[str, Any]:
         if child.poll() is None:
             _stop(child)
     summary = read_summary(folder)
-    if code == 0 and summary.get("status") == "ok":
+    if code == 0 and summary.finished:
         return summary
     if code in STOPPED:
         raise KeyboardInterrupt
     ended = f"was killed by signal {-code} (out of memory?)" if code < 0 else f"ended with exit code {code}"
-    reason = summary.get("reason") or f"the process of this run {ended} and left no summary"
+    reason = summary.reason or f"the process of this run {ended} and left no summary"
     error = UserError(reason) if code == UserError.exit_code else TrainingError(reason)
     record_failure(folder, error, to_dict(config))
     raise error
@@ -221,14 +217,13 @@ def with_absolute_paths(config: Config) -> Config:
 def _check_same_run(config: Config, folder: Path) -> None:
     if read_cell(folder) == cell_id(config):
         return
-    try:
-        saved = flatten(yaml.safe_load((folder / CONFIG_FILE).read_text()))
-    except (OSError, yaml.YAMLError, AttributeError) as error:
-        raise UserError(f"{folder / CONFIG_FILE}: unreadable, so the run cannot be resumed: {error}") from error
+    saved = flatten(read_config(folder))
+    if not saved:
+        raise UserError(f"{folder / CONFIG}: is missing or empty, so the run cannot be resumed")
     new = flatten(to_dict(config))
     found = []
     for key in sorted({*saved, *new}):
-        if not is_under(key, MAY_DIFFER) and saved.get(key) != new.get(key):
+        if Role.MAY_DIFFER not in role_of(key) and saved.get(key) != new.get(key):
             found.append(f"{key} = {new.get(key)!r}: the run to resume has {saved.get(key)!r}")
     if found:
         raise ConfigError(found)

@@ -14,7 +14,7 @@ from accelerate import Accelerator
 
 
 def circumstances(accelerator: Accelerator) -> dict[str, Any]:
-    """Peak memory, device, processes, versions and commit, as they stand in `summary.json`."""
+    """The fields of a `Summary` that say where it came about: memory, device, processes, versions and commit."""
     device = accelerator.device
     if device.type == "cuda":
         peak, name = torch.cuda.max_memory_allocated(device), torch.cuda.get_device_name(device)
@@ -26,6 +26,7 @@ def circumstances(accelerator: Accelerator) -> dict[str, Any]:
     return {
         "peak_memory_bytes": peak,
         "device": name,
+        "device_type": device.type,
         "num_processes": accelerator.num_processes,
         "versions": {"python": platform.python_version()} | {p: importlib.metadata.version(p) for p in packages},
         "git": _git(),

@@ -14,6 +14,7 @@ from omegaconf import OmegaConf
 from torch import Tensor
 
 from iapt import preflight
+from iapt.config.check import literal
 from iapt.config.errors import UserError
 from iapt.config.schema import Config
 from iapt.data.batch import Batch, Encoded, collate
@@ -24,7 +25,10 @@ from iapt.model.adapted import AdaptedModel
 from iapt.model.backbone import build_backbone
 from iapt.model.checkpoint import check_backbone, load_adapter
 from iapt.model.method import SoftPrompt
+from iapt.model.stored import need
 from iapt.runs.hardware import check_hardware
+from iapt.runs.own import is_local, is_own, paths_of
+from iapt.runs.sweep import flatten
 
 
 @dataclass
@@ -46,7 +50,7 @@ class Saved:
     key: str = "checkpoint"
 
     def identity(self) -> dict[str, Any]:
-        """What `summary.json` says about the model."""
+        """The fields of a `Summary` that say which model it is."""
         config = self.config
         return {
             "method": config.method.name,
@@ -73,15 +77,32 @@ def read_saved(folder: Path, overrides: dict[str, Any], key: str = "checkpoint")
         raise UserError(
             f"{key} = {folder}: was saved from Python, so its task and backbone are not known; iapt.load reads it"
         )
+    need(meta, f"{key} = {folder}", "method.name", "backbone", "trainable_params")
     # A named task or backbone replaces the run's own; single settings are laid over it.
     replaced = {key for key, value in overrides.items() if isinstance(value, dict) and "name" in value}
-    kept = {key: value for key, value in meta["config"].items() if key not in replaced}
-    if "task" in kept:  # runs before there was this setting took every number for an index
+    kept = {key: value for key, value in literal(meta["config"]).items() if key not in replaced}
+    if isinstance(kept.get("task"), dict):  # runs before there was this setting took every number for an index
         kept["task"] = {"integer_labels": "indices", **kept["task"]}
     config: Config = load_config(OmegaConf.merge(kept, overrides))  # type: ignore[arg-type]
+    _refuse_strange_paths(meta, config, flatten(overrides), f"{key} = {folder}")
     # However many processes trained it, one scores it.
     hardware = dataclasses.replace(config.hardware, num_processes=1, strategy="ddp")
     return Saved(folder, dataclasses.replace(config, hardware=hardware), tensors, meta, key)
+
+
+def _refuse_strange_paths(meta: dict[str, Any], config: Config, given: dict[str, Any], where: str) -> None:
+    followed = {k: path for k, path in paths_of(config).items() if given.get(k) != path and is_local(k, path)}
+    sealed = meta.get("paths")
+    if not followed or (
+        isinstance(sealed, dict) and followed.items() <= sealed.items() and is_own(sealed, meta.get("seal"))
+    ):
+        return
+    named = ", ".join(f"{key} = {path}" for key, path in followed.items())
+    again = " ".join(f"{key}={path if Path(path).exists() else '...'}" for key, path in followed.items())
+    raise UserError(
+        f"{where}: names {named}, but no run of this user wrote it, so its paths are not followed; give them yourself: "
+        f"{again}"
+    )
 
 
 def refuse_bound_to_task(saved: Saved) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,9 @@ from iapt.config.schema import Config
 from iapt.data.batch import Batch, Encoded, collate, evaluation_batches, training_batches
 from iapt.evaluation.activations import observe, write_activations
 from iapt.evaluation.evaluate import Evaluation
+from iapt.folder.files import whole_rows
+from iapt.folder.names import METRICS
+from iapt.folder.summary import Summary
 from iapt.model.adapted import AdaptedModel
 from iapt.runs.diagnosis import Facts
 from iapt.runs.prepare import generates
@@ -23,7 +25,7 @@ from iapt.training.tracking import Tracker
 from iapt.training.trainer import Trainer
 
 BATCHES_TO_REPORT = 8  # of dev, that a method's report is made from
-UNTRAINED: dict[str, Any] = {
+UNTRAINED: dict[str, Any] = {  # fields of a `Summary`, as `train` returns them
     "best_step": 0,
     "best_dev_loss": None,
     "steps": 0,
@@ -121,22 +123,27 @@ def report(
     return lines
 
 
-def facts(config: Config, summary: dict[str, Any], test: Evaluation, folder: Path) -> Facts:
+def facts(config: Config, summary: Summary, test: Evaluation, folder: Path) -> Facts:
     """What `diagnose` wants to know, from a summary, the test predictions and the folder's `metrics.jsonl`."""
-    path = folder / "metrics.jsonl"
-    records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+    records = whole_rows(folder / METRICS)
     labels = [p["label"] for p in test.predictions] if config.task.label_column else []
+    assert summary.trainable_params is not None
+    assert summary.metric is not None
+    assert summary.test is not None
+    assert summary.best_step is not None
+    assert summary.steps is not None
+    assert summary.total_steps is not None
     return Facts(
-        trainable_params=summary["trainable_params"],
-        metric=summary["metric"],
-        zero_shot=summary["zero_shot"],
-        test=summary["test"],
+        trainable_params=summary.trainable_params,
+        metric=summary.metric,
+        zero_shot=summary.zero_shot,
+        test=summary.test,
         answers=[config.task.label_words[label] if label >= 0 else None for label in labels],
-        majority=summary["majority"],
+        majority=summary.majority,
         count=len(test.predictions),
         dev_losses=[(record["step"], record["dev_loss"]) for record in records if "dev_loss" in record],
-        best_step=summary["best_step"],
-        steps=summary["steps"],
-        total=summary["total_steps"],
+        best_step=summary.best_step,
+        steps=summary.steps,
+        total=summary.total_steps,
         learning_rate=config.trainer.learning_rate or 0.0,
     )

@@ -11,6 +11,7 @@ The code's version is not part of the hash: a sweep of days must survive an unre
 
 from __future__ import annotations
 
+import dataclasses
 import fcntl
 import functools
 import hashlib
@@ -25,48 +26,33 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from iapt.config.paths import JOBS
+from iapt.config.fields import Role
+from iapt.config.roles import role_of, younger
 from iapt.config.schema import Config, to_dict
-from iapt.model.checkpoint import ADAPTER, META, SUMMARY, read_summary, write_json
-from iapt.training.state import STATE
-
-CELL = "cell.json"
-OUTPUT = "output.log"  # what the run of a cell prints; the terminal belongs to the whole sweep
-LOCK = ".lock"  # held while a job looks for its cell
-# What no result hangs on. `data_dir` is one of them because the content of the files stands for it. Hardware is not:
-# a sweep over it is an experiment on speed and memory, and its cells must stay apart.
-COSMETIC = ("resume", "sweep", "tracking", "data_dir", "trainer.log_every")
+from iapt.folder.files import write_json
+from iapt.folder.names import ADAPTER, CELL, CONFIG, JOBS, LOCK, META, STATE, SUMMARY
+from iapt.folder.summary import FAILED, RUNNING, Summary, read_summary
 
 
 @dataclass(frozen=True)
-class Cell:
-    """A job's cell.
+class Claim:
+    """What a job holds of its cell.
 
     Attributes:
-        folder: its run folder.
-        before: its `summary.json` as it was found, {} if there is none.
+        folder: the cell's run folder.
+        before: its summary as it was found.
         free: whether this process may work on it; False while another one does.
     """
 
     folder: Path
-    before: dict[str, Any]
+    before: Summary
     free: bool
 
-    def settled(self, retry: bool) -> dict[str, Any] | None:
+    def settled(self, retry: bool) -> Summary | None:
         """The summary to show if there is nothing to run, else None; `retry` has failed cells run again."""
-        status = self.before.get("status")
-        if status == "ok" or (status == "failed" and self.free and not retry):
+        if self.before.finished or (self.before.status == FAILED and self.free and not retry):
             return self.before
-        return None if self.free else {**self.before, "status": "running"}
-
-
-# Settings that sweeps were begun without, and the value that says what held then: such a sweep keeps its cells.
-_YOUNGER = {
-    "task.source.builder": "none",
-    "task.source.quotes": "auto",
-    "task.integer_labels": "auto",
-    "task.metric_tokenizer": "default",
-}
+        return None if self.free else dataclasses.replace(self.before, status=RUNNING)
 
 
 def cell_id(config: Config) -> str:
@@ -77,14 +63,11 @@ def cell_id(config: Config) -> str:
             method's settings name, the content counts, not the place.
     """
     settings = {**to_dict(config), "data": _data_digest(config)}
-    del settings["preflight"]  # it changes no result
-    for path, default in _YOUNGER.items():
+    for path in younger(config):
         *groups, key = path.split(".")
-        group = functools.reduce(operator.getitem, groups, settings)
-        if group[key] == default:
-            del group[key]
+        del functools.reduce(operator.getitem, groups, settings)[key]
     for key, folder in config.method.adapters().items():
-        if folder is None:  # likewise
+        if folder is None:  # as where there was no such setting
             del settings["method"][key]
         else:
             settings["method"][key] = _adapter_digest(Path(folder)) or folder
@@ -92,8 +75,8 @@ def cell_id(config: Config) -> str:
 
 
 def hash_of(settings: dict[str, Any]) -> str:
-    """The same of any nested mapping, the cosmetic keys left out."""
-    kept = {key: value for key, value in flatten(settings).items() if not is_under(key, COSMETIC)}
+    """The same of any nested mapping of settings, those left out that are no part of a cell's identity."""
+    kept = {key: value for key, value in flatten(settings).items() if Role.IDENTITY in role_of(key)}
     return hashlib.sha256(json.dumps(kept, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
@@ -108,11 +91,6 @@ def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def is_under(key: str, sections: tuple[str, ...]) -> bool:
-    """Whether a dotted key is one of `sections` or lies in one."""
-    return any(key == section or key.startswith(f"{section}.") for section in sections)
-
-
 def read_cell(folder: Path) -> str | None:
     """The hash in the folder's `cell.json`; None if it has none."""
     try:
@@ -122,7 +100,7 @@ def read_cell(folder: Path) -> str | None:
 
 
 @contextmanager
-def claim(sweep: Path, folder: Path, cell: str) -> Iterator[Cell]:
+def claim(sweep: Path, folder: Path, cell: str) -> Iterator[Claim]:
     """Find the cell's folder below `sweep`, or make `folder` its folder, and keep other processes off it.
 
     Args:
@@ -144,7 +122,7 @@ def claim(sweep: Path, folder: Path, cell: str) -> Iterator[Cell]:
         if free:
             _lock(held, fcntl.LOCK_SH)  # the run's own process takes a share too, and may outlive this one
     try:
-        yield Cell(there, read_summary(there), free)
+        yield Claim(there, read_summary(there), free)
     finally:
         os.close(held)
 
@@ -167,10 +145,10 @@ def is_held(sweep: Path, folder: Path) -> bool:
             os.close(descriptor)
 
 
-def note_job(sweep: Path, folder: Path, summary: dict[str, Any], ran: bool) -> None:
+def note_job(sweep: Path, folder: Path, summary: Summary, ran: bool) -> None:
     """Tell whoever watches the sweep that a job ended, and whether it ran or found its cell settled."""
     keys = ("status", "task", "method", "seed", "metric", "dev", "test", "train_seconds")
-    line = json.dumps({**{key: summary.get(key) for key in keys}, "folder": str(folder), "ran": ran}) + "\n"
+    line = json.dumps({**{key: getattr(summary, key) for key in keys}, "folder": str(folder), "ran": ran}) + "\n"
     descriptor = os.open(sweep / JOBS, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
     try:
         os.write(descriptor, line.encode())  # one call, so that lines of several processes do not mix
@@ -185,7 +163,7 @@ def _places(folder: Path) -> Iterator[Path]:
 
 
 def _is_taken(folder: Path) -> bool:
-    return any((folder / name).exists() for name in (CELL, SUMMARY, STATE, "config.yaml"))
+    return any((folder / name).exists() for name in (CELL, SUMMARY, STATE, CONFIG))
 
 
 @contextmanager

@@ -9,15 +9,17 @@ from typing import Any
 import torch
 
 from iapt.config.errors import UserError
+from iapt.config.fields import Role
 from iapt.config.method import MethodConfig
+from iapt.config.roles import role_of
 from iapt.config.schema import to_dict
 from iapt.model.adapted import AdaptedModel
 from iapt.model.checkpoint import check_backbone, load_adapter
 from iapt.model.method import SoftPrompt
+from iapt.model.stored import need
 from iapt.runs.restore import build_model, read_saved
 
 KEY = "method.init_from"
-_BESIDE = ("name", "kind", "learning_rate", "init_from")  # settings that make no other adapter
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,8 +85,7 @@ def _teacher(folder: str, device: torch.device) -> AdaptedModel:
 
 def _start_from(model: AdaptedModel, config: MethodConfig, backbone: dict[str, Any], folder: Path) -> Origin:
     tensors, meta = load_adapter(folder, KEY)
-    if not {"method", "backbone"} <= set(meta):
-        raise UserError(f"{KEY} = {folder}: does not say which method and backbone it belongs to")
+    need(meta, f"{KEY} = {folder}", "method.name", "backbone")
     saved, method = meta["method"], model.method
     assert isinstance(method, SoftPrompt)
     kind, wanted = saved.get("kind") or saved["name"], config.kind or config.name
@@ -95,7 +96,7 @@ def _start_from(model: AdaptedModel, config: MethodConfig, backbone: dict[str, A
     differs = tuple(
         f"{key} = {saved[key]!r} (here {value!r})"
         for key, value in to_dict(config).items()
-        if key not in _BESIDE and key in saved and saved[key] != value
+        if key != "init_from" and Role.ROW in role_of(f"method.{key}") and key in saved and saved[key] != value
     )
     try:
         model.load_adapter_state(method.adopt(tensors))
@@ -103,4 +104,4 @@ def _start_from(model: AdaptedModel, config: MethodConfig, backbone: dict[str, A
         why = f"its settings lead to other tensors: {', '.join(differs)}" if differs else str(error)
         raise UserError(f"{KEY} = {folder}: {why}") from None
     run = meta.get("config", {})
-    return Origin(str(folder), saved["name"], run.get("task", {}).get("name"), run.get("seed"), differs)
+    return Origin(str(folder), saved["name"], (run.get("task") or {}).get("name"), run.get("seed"), differs)

@@ -16,9 +16,8 @@ import time
 import traceback
 from pathlib import Path
 
-import yaml
-
 from iapt.config.errors import TrainingError, UserError
+from iapt.folder.files import read_config
 from iapt.methods.settings import load_config
 from iapt.runs import launch
 from iapt.runs.sweep import share
@@ -39,7 +38,7 @@ def main() -> int:
     logging.getLogger("iapt").setLevel(logging.INFO if rank == 0 else logging.WARNING)
 
     folder: Path = args.folder
-    saved = yaml.safe_load((folder / launch.CONFIG_FILE).read_text())
+    saved = read_config(folder)
     try:
         config = load_config(saved)
         if config.hardware.num_processes > 1 and "RANK" not in os.environ:

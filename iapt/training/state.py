@@ -13,8 +13,7 @@ from typing import Any
 import torch
 
 from iapt.config.errors import UserError
-
-STATE = "state/latest.pt"
+from iapt.folder.names import STATE
 
 
 def save_state(folder: Path, state: dict[str, Any]) -> None:

@@ -24,6 +24,8 @@ from rich.progress import (
 )
 
 from iapt.config.schema import TrackingConfig
+from iapt.config.visible import visible
+from iapt.folder.names import METRICS
 
 log = logging.getLogger(__name__)
 
@@ -39,7 +41,7 @@ class Tracker:
 
     def __init__(self, folder: Path, accelerator: Accelerator, name: str) -> None:
         self._main = accelerator.is_main_process
-        self._path = folder / "metrics.jsonl"
+        self._path = folder / METRICS
         self._accelerator = accelerator
         self._name = name
         self._progress: Progress | None = None
@@ -89,7 +91,7 @@ class Tracker:
     def say(self, text: str) -> None:
         """A line for people."""
         if self._main:
-            (self._progress.console if self._progress else self._console).print(text, markup=False)
+            (self._progress.console if self._progress else self._console).print(visible(text), markup=False)
 
     def start_progress(self, total: int, done: int) -> None:
         """Begin the bar; on anything but a terminal `advance` prints plain lines instead."""

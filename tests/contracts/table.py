@@ -3,8 +3,8 @@
     python -m pytest --full -p tests.contracts.table tests/contracts --contract-table docs/contract.md
 
 Rows are families of cases (a method, two that build one model, or a type of peft's) taken together, columns the
-invariants, `test_N_...` belonging to invariant N; a cell counts the shapes on which everything passed. The same text
-goes between two markers of the README.
+invariants, `test_N_...` belonging to invariant N; a cell counts the shapes on which everything passed. The table goes
+between two markers of the file.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import pytest
 
 from tests.contracts.conftest import CASES, SHAPES, family
 
-README = Path(__file__).resolve().parents[2] / "README.md"
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "contract.md"
 START, END = "<!-- contract -->\n", "<!-- /contract -->"
 WORKS_ON_SHAPES = 12  # has no test of its own: a shape counts if all that ran on it passed
 NUMBERS = range(1, 14)
@@ -77,14 +77,11 @@ def _letter(index: int) -> str:
     return chr(ord("a") + index) if index < 26 else f"a{chr(ord('a') + index - 26)}"
 
 
-def write(text: str, path: Path, readme: Path = README) -> None:
-    """The table into its own file and into the README."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text, encoding="utf-8")
-    whole = readme.read_text(encoding="utf-8")
-    before, rest = whole.split(START)
+def write(text: str, page: Path) -> None:
+    """Put the table between the markers of a page."""
+    before, rest = page.read_text(encoding="utf-8").split(START)
     after = rest.split(END)[1]
-    readme.write_text(f"{before}{START}{text}{END}{after}", encoding="utf-8")
+    page.write_text(f"{before}{START}{text}{END}{after}", encoding="utf-8")
 
 
 class Recorder:
@@ -110,7 +107,9 @@ class Recorder:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """The option that asks for the table."""
-    parser.addoption("--contract-table", type=Path, help="write the table of the contract to this file")
+    parser.addoption(
+        "--contract-table", type=Path, help="put the table of the contract between the markers of this page"
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -1,4 +1,4 @@
-"""The contract of every method (numbers as in the README's table): each test runs on every case and shape."""
+"""The contract of every method (numbers as in docs/contract.md): each test runs on every case and shape."""
 
 from __future__ import annotations
 

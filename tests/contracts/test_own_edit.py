@@ -193,7 +193,7 @@ def test_activation_checkpointing_changes_nothing():
 def test_the_run_of_one_is_like_any_other(tmp_path: Path):
     """Trained behind the preflight, scored and written, then loaded and scored again."""
     summary = run(config(method=NAME), tmp_path / "run")
-    assert summary["status"] == "ok"
+    assert summary.status == "ok"
     evaluate(tmp_path / "run", tmp_path / "again", {})
     first, second = ((tmp_path / name / "predictions.jsonl").read_text() for name in ("run", "again"))
     assert first == second != ""

@@ -1,4 +1,4 @@
-"""The table in the README is what `make contract` wrote, and it knows every method."""
+"""The table of the contract page knows every method, and `make contract` changes nothing else of the page."""
 
 from __future__ import annotations
 
@@ -7,9 +7,8 @@ from pathlib import Path
 
 from iapt.methods.registry import METHODS
 from tests.contracts.conftest import CASES, SHAPES
-from tests.contracts.table import END, README, ROWS, START, Result, parse, render, write
+from tests.contracts.table import END, PAGE, ROWS, START, Result, parse, render, write
 
-TABLE = README.parent / "docs" / "contract.md"
 FIRST, SECOND = ROWS[:2]
 
 
@@ -18,12 +17,9 @@ def cells(text: str, row: str) -> list[str]:
     return [cell.strip() for cell in line.split("|")[2:-1]]
 
 
-def test_readme_shows_the_table():
-    assert README.read_text(encoding="utf-8").split(START)[1].split(END)[0] == TABLE.read_text(encoding="utf-8")
-
-
 def test_its_rows_are_the_registered_methods():
-    found = re.findall(r"^\| `(.+?)` \|", TABLE.read_text(encoding="utf-8"), re.M)
+    table = PAGE.read_text(encoding="utf-8").split(START)[1].split(END)[0]
+    found = re.findall(r"^\| `(.+?)` \|", table, re.M)
     assert found == ROWS
     named = [["peft"] if row.startswith("peft ") else row.split(", ") for row in found]
     assert {name for names in named for name in names} == set(METHODS)
@@ -53,9 +49,8 @@ def test_only_cells_of_the_contract_are_counted():
     assert len({case.id for case in CASES}) == len(CASES)
 
 
-def test_nothing_but_the_block_changes_in_the_readme(tmp_path: Path):
-    readme = tmp_path / "README.md"
-    readme.write_text(f"before\n{START}old\n{END}\nafter\n")
-    write("new\n", tmp_path / "docs" / "table.md", readme)
-    assert readme.read_text() == f"before\n{START}new\n{END}\nafter\n"
-    assert (tmp_path / "docs" / "table.md").read_text() == "new\n"
+def test_nothing_but_the_block_changes_in_the_page(tmp_path: Path):
+    page = tmp_path / "contract.md"
+    page.write_text(f"before\n{START}old\n{END}\nafter\n")
+    write("new\n", page)
+    assert page.read_text() == f"before\n{START}new\n{END}\nafter\n"

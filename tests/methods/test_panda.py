@@ -141,8 +141,8 @@ def test_a_run_learns_from_another_and_is_scored_without_it(tmp_path: Path):
     taught = experiment.build(small(toy="entailment", method={"init_from": str(source)}), to_train=True)
     assert torch.equal(parts.model.method.teacher, taught.model.method.prompt)
     summary = experiment.run(config, run)
-    assert summary["init_from"]["method"] == "prompt_tuning"
+    assert summary.init_from["method"] == "prompt_tuning"
     second = experiment.build(small("panda", {"num_soft_tokens": 4, "init_from": str(run)}), to_train=True)
     assert torch.equal(second.model.method.teacher, load_adapter(run)[0]["prompt"])
     shutil.rmtree(source)
-    assert experiment.evaluate(run, tmp_path / "again", {})["test"] == summary["test"]
+    assert experiment.evaluate(run, tmp_path / "again", {}).test == summary.test

@@ -143,7 +143,7 @@ def test_a_run_learns_from_a_run_on_another_backbone_and_is_scored_without_it(tm
     assert learned.adapter_state()["prompt"].shape == (4, 32)
     summary = experiment.run(settings, run)
     shutil.rmtree(source)
-    assert experiment.evaluate(run, tmp_path / "again", {})["test"] == summary["test"]
+    assert experiment.evaluate(run, tmp_path / "again", {}).test == summary.test
 
 
 def test_sources_that_do_not_fit(tmp_path: Path):

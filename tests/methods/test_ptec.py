@@ -137,8 +137,8 @@ def test_a_run_and_its_evaluation(tmp_path: Path):
     method = PtecConfig(name="ptec", label_words=base.task.label_words)
     summary = experiment.run(dataclasses.replace(base, method=method), tmp_path / "run")
     again = experiment.evaluate(tmp_path / "run", tmp_path / "again", {})
-    assert again["metrics"]["test"] == summary["metrics"]["test"]
-    assert 0 <= summary["metrics"]["test"]["ece"] <= 1
+    assert again.metrics["test"] == summary.metrics["test"]
+    assert 0 <= summary.metrics["test"]["ece"] <= 1
     lines = (tmp_path / "run" / "predictions.jsonl").read_text().splitlines()
     assert all(torch.tensor(json.loads(line)["scores"]).exp().sum().item() == pytest.approx(1) for line in lines)
     with pytest.raises(ConfigError, match="must be the task's"):

@@ -123,16 +123,16 @@ def test_without_label_scores_nothing_is_calibrated():
 @pytest.mark.parametrize("method", ["zero_shot", "in_context", "calibrated"])
 def test_a_reference_takes_no_step_and_says_so(tmp_path: Path, method: str):
     summary = experiment.run(config("sentiment", method), tmp_path / "run")
-    assert (summary["steps"], summary["trainable_params"], summary["train_seconds"]) == (0, 0, 0)
-    assert summary["best_dev_loss"] is None
-    assert summary["note"] == "reference: trains nothing"
+    assert (summary.steps, summary.trainable_params, summary.train_seconds) == (0, 0, 0)
+    assert summary.best_dev_loss is None
+    assert summary.note == "reference: trains nothing"
     tensors, meta = load_adapter(tmp_path / "run")
     assert set(tensors) == ({"log_prior", "labels"} if method == "calibrated" else set())
-    assert meta["template_hash"] == summary["template_hash"]
+    assert meta["template_hash"] == summary.template_hash
     assert "dev_loss" not in (tmp_path / "run" / "metrics.jsonl").read_text()
     if method == "zero_shot":
-        assert summary["zero_shot"] == summary["test"]
-        assert summary["metrics"]["zero_shot"] == summary["metrics"]["test"]
+        assert summary.zero_shot == summary.test
+        assert summary.metrics["zero_shot"] == summary.metrics["test"]
 
 
 def test_calibration_changes_scores_and_the_saved_prior_alone_gives_them_back(
@@ -149,10 +149,10 @@ def test_calibration_changes_scores_and_the_saved_prior_alone_gives_them_back(
 def test_the_zero_shot_column_has_no_demonstrations(tmp_path: Path):
     summary = experiment.run(config("describe", "in_context"), tmp_path / "run")
     bare = experiment.run(config("describe", "zero_shot"), tmp_path / "bare")
-    assert summary["metrics"]["zero_shot"] == bare["metrics"]["test"]
-    assert summary["metrics"]["zero_shot"] != summary["metrics"]["test"]
-    assert summary["data_fingerprint"] == bare["data_fingerprint"]
-    assert summary["template_hash"] == bare["template_hash"]
+    assert summary.metrics["zero_shot"] == bare.metrics["test"]
+    assert summary.metrics["zero_shot"] != summary.metrics["test"]
+    assert summary.data_fingerprint == bare.data_fingerprint
+    assert summary.template_hash == bare.template_hash
 
 
 def test_instructions_that_do_not_fit_lose_whole_demonstrations():

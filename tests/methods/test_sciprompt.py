@@ -144,10 +144,10 @@ def test_a_run_and_its_evaluation(tmp_path: Path):
     method = SciPromptConfig(name="sciprompt", label_words=base.task.label_words, words=words)
     summary = experiment.run(dataclasses.replace(base, method=method), tmp_path / "run")
     again = experiment.evaluate(tmp_path / "run", tmp_path / "again", {})
-    assert again["metrics"]["test"] == summary["metrics"]["test"]
+    assert again.metrics["test"] == summary.metrics["test"]
     # The bare backbone is asked for the label words alone, as it is beside any other method.
     other = experiment.run(config(method="prompt_tuning"), tmp_path / "other")
-    assert summary["metrics"]["zero_shot"] == other["metrics"]["zero_shot"]
+    assert summary.metrics["zero_shot"] == other.metrics["zero_shot"]
     lines = [json.loads(line) for line in (tmp_path / "run" / "predictions.jsonl").read_text().splitlines()]
     assert {len(line["scores"]) for line in lines} == {2}
     assert {line["text"] for line in lines} <= {"no", "yes"}

@@ -69,6 +69,7 @@ def test_a_swept_budget_names_its_rows(tmp_path: Path):
 
 VERSIONS = {"iapt": "0.1.0", "torch": "2.13.0", "transformers": "5.23.0", "peft": "0.21.2"}
 OTHER: dict[str, dict[str, Any]] = {
+    "task.metric_tokenizer": {"settings": {"task.metric_tokenizer": "zh"}},
     "protocol": {"protocol": "paper"},
     "metric": {"metric": "f1", "metrics": {"test": {"accuracy": 0.7, "f1": 0.6}}},
     "data_fingerprint": {"data_fingerprint": "another"},
@@ -81,7 +82,7 @@ OTHER: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("key", MUST_AGREE)
 def test_a_cell_refuses_to_mix(tmp_path: Path, key: str):
-    make_run(tmp_path / "1", seed=1)
+    make_run(tmp_path / "1", seed=1, settings={"task.metric_tokenizer": "default"})
     make_run(tmp_path / "2", **{"seed": 2, **OTHER[key]})
     with pytest.raises(UserError) as error:
         board(tmp_path)

@@ -22,7 +22,7 @@ def test_two_methods_and_two_seeds(tmp_path: Path, capsys: pytest.CaptureFixture
         for seed in (1, 2):
             folder = sweep / f"{method}-{seed}"
             run_config = config(method=method, seed=seed)
-            values[method].append(experiment.run(run_config, folder)["test"])
+            values[method].append(experiment.run(run_config, folder).test)
             (folder / "config.yaml").write_text(yaml.safe_dump(to_dict(run_config)))
     found = {p: p.read_bytes() for p in sweep.rglob("*") if p.is_file()}
     # A random backbone's weights are drawn with the run's seed.

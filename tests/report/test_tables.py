@@ -13,7 +13,7 @@ from rich.console import Console
 
 from iapt.config.paths import CONFIG_DIR
 from iapt.report.cells import Board, Row, gather
-from iapt.report.reference import published, reference_sheet
+from iapt.report.published import published, reference_sheet
 from iapt.report.render import comma_separated, latex, markdown, rich_table
 from iapt.report.runs import read_runs
 from iapt.report.sheet import Entry, Sheet, against, main_sheet

@@ -47,12 +47,11 @@ _INITS = "true, false, gaussian, orthogonal, olora, pissa, pissa_niter_N"
 
 @dataclass
 class PeftConfig(MethodConfig):
-    """`type`: a name of peft's `PeftType`. `options`: that type's configuration fields, null for peft's default.
-    `size`: the option that decides the number of trained parameters, by default the type's rank."""
+    """One of peft's types, and the options of that type."""
 
-    type: str = "???"
-    options: dict[str, Any] = field(default_factory=dict)
-    size: str | None = None
+    type: str = "???"  # a name of peft's PeftType
+    options: dict[str, Any] = field(default_factory=dict)  # fields of that type's configuration; null: peft's default
+    size: str | None = None  # the option that budget sets; null: the type's rank
 
     def problems(self) -> list[str]:
         types = known_types()
@@ -228,7 +227,7 @@ class AdaLora(Peft):
             self._tuner[0].update_and_allocate(step)
 
     def can_be_checkpoint(self, step: int) -> bool:
-        """Once pruning has ended; and untrained, when E is zero everywhere."""
+        """A checkpoint may be taken of the untrained adapter, whose E is zero, and once pruning has ended."""
         return step == 0 or step >= self._schedule.total_step - self._schedule.tfinal
 
     def training_state(self) -> dict[str, Any]:
@@ -263,7 +262,7 @@ def count(config: PeftConfig, backbone: Backbone) -> int:
 
 
 def build(config: PeftConfig, backbone: Backbone) -> Peft:
-    """Raises UserError if peft cannot adapt this backbone so."""
+    """Build the method. Raises UserError if peft cannot adapt this backbone in the way that is asked for."""
     return AdaLora(config, backbone) if config.type == "ADALORA" else Peft(config, backbone)
 
 

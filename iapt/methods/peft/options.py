@@ -134,7 +134,7 @@ def filled(kind: str, options: dict[str, Any]) -> dict[str, Any]:
 
 
 def has_start(options: dict[str, Any]) -> bool:
-    """Whether the adapter starts as a part of W, which peft then takes out of W."""
+    """Say whether the adapter starts as a part of W, which peft then takes out of W."""
     init = options.get("init_lora_weights")
     return isinstance(init, str) and (init == "olora" or init.startswith("pissa"))
 

@@ -89,7 +89,7 @@ class Plan:
 
 
 class Site(Protocol):
-    """Where an edit is installed (`iapt.model.hooks.LayerHooks`).
+    """The place where an edit is installed (`iapt.model.hooks.LayerHooks`).
 
     Attributes:
         layers: the decoder layers, in order.
@@ -126,7 +126,7 @@ class Edit:
     reads: str = "nothing"
 
     def check(self, backbone: Backbone, name: str) -> None:
-        """Raises UserError if the backbone is of a kind that the edit cannot act on; `name` is the method's class."""
+        """Check the backbone. Raises UserError if the edit cannot act on its kind; `name` is the method's class."""
 
     def install(self, site: Site) -> None:
         """Register hooks on parts of the backbone. Raises UserError if a layer lacks what the edit reaches for."""
@@ -144,11 +144,11 @@ class Edit:
         return hidden
 
     def on_cache(self, plan: Plan) -> CacheEdit | None:
-        """What becomes of the keys and values that every layer writes in this pass; None: they stay."""
+        """Return the function that changes the keys and values of every layer in this pass, or None to keep them."""
         return None
 
     def following(self, kept: Any) -> Any:
-        """What `plan.kept[self]` shall be in the passes that continue this one; None: they need nothing."""
+        """Return `plan.kept[self]` for the passes that continue this one; None if they need nothing."""
         return None
 
     def enter(self, kept: Any, embeds: Tensor) -> Tensor:
@@ -156,7 +156,8 @@ class Edit:
         return embeds
 
     def repeat(self, kept: Any, copies: int) -> Any:
-        """`kept` with every row `copies` times, for beams and samples. Asked of edits that `following` gives something.
+        """Return `kept` with every row repeated `copies` times, for beams and samples. Only edits whose `following`
+        returns something are asked.
 
         This default is for what does not depend on the row.
         """
@@ -173,7 +174,7 @@ class Edit:
 
 
 def check_attention_everywhere(backbone: Backbone, name: str) -> None:
-    """Raises UserError if a layer of the backbone is no attention layer; `name` is the method's class."""
+    """Check the backbone's layers. Raises UserError if one is no attention layer; `name` is the method's class."""
     if not is_rewindable(backbone.lm):
         raise UserError(
             f"method: {name} reaches into every layer's attention, and {type(backbone.lm).__name__} has layers of "

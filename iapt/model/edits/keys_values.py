@@ -16,10 +16,10 @@ from iapt.model.edits.rows import Rows, put_rows
 
 
 class Answer(Protocol):
-    """What `KeysValues` asks."""
+    """The questions that `KeysValues` asks its method."""
 
     def keys_values(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """What layer `layer` keeps of the soft tokens.
+        """Return the keys and values that layer `layer` keeps of the soft tokens.
 
         Args:
             layer: 0-based index of the decoder layer, never one in which the soft columns are hidden.
@@ -32,7 +32,7 @@ class Answer(Protocol):
 
 
 class KeysValues(Edit):
-    """What every layer keeps of the soft tokens is what `method.keys_values` makes of it."""
+    """Every layer keeps what `method.keys_values` makes of the soft tokens' keys and values."""
 
     def __init__(self, method: Answer) -> None:
         self.method = method

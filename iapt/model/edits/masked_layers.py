@@ -17,7 +17,7 @@ from iapt.model.edits.rows import Rows
 
 
 class Answer(Protocol):
-    """What `MaskedLayers` asks.
+    """The question that `MaskedLayers` asks its method.
 
     Attributes:
         masked_layers: the decoder layers in which no other token sees the soft columns; asked at the start of every

@@ -15,7 +15,7 @@ from iapt.model.edits.rows import Rows, put_rows_widely
 
 
 class Answer(Protocol):
-    """What `OutputScale` asks."""
+    """The questions that `OutputScale` asks its method."""
 
     def scale(self, layer: int, states: Tensor, mask: Tensor) -> dict[str, Tensor]:
         """Vectors that hold for every column of their row, the instruction's and all that follow it.
@@ -35,7 +35,7 @@ Scales = dict[tuple[int, str], Tensor]
 
 
 class OutputScale(Edit):
-    """What parts of every layer put out is multiplied by `method.scale`; only with `before_instruction`.
+    """The outputs of some parts of every layer are multiplied by `method.scale`; only with `before_instruction`.
 
     Args:
         method: is asked once a layer, in the pass over the instruction.

@@ -22,7 +22,8 @@ class Rows:
         self.of: Tensor | None = None
 
     def shares(self, owned: Sequence[Owned | None], batch: Tensor | None = None) -> list[tuple[Owned, Tensor]]:
-        """What belongs to every adapter that is asked for, and the indices of its rows, on the batch's device.
+        """Return, for every adapter that is asked for, what belongs to it and the indices of its rows on the batch's
+        device.
 
         Args:
             owned: one thing for each adapter; rows of those that have None are left out.
@@ -60,7 +61,7 @@ def put_rows(whole: Tensor, parts: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
 
 
 def put_rows_widely(whole: Tensor, parts: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
-    """As `put_rows`, in the widest dtype among them: a float32 is not cut down by its neighbours' rows."""
+    """Do as `put_rows`, in the widest dtype among the values: a float32 is not cut down by its neighbours' rows."""
     for part, rows in parts:
         wide = torch.promote_types(whole.dtype, part.dtype)
         whole = whole.to(wide).index_copy(0, rows, part.to(wide))

@@ -14,7 +14,7 @@ from iapt.model.edits.rows import Rows, put_rows
 
 
 class Answer(Protocol):
-    """What `WordEmbeddings` asks."""
+    """The question that `WordEmbeddings` asks its method."""
 
     def edit_embeddings(self, words: Tensor, mask: Tensor) -> Tensor:
         """The instruction's token embeddings as the model shall see them.

@@ -12,7 +12,7 @@ import yaml
 from iapt.report.cells import Board, Column, Row
 from iapt.report.sheet import Entry, Sheet, column_name, file_name, percent
 
-FILE = Path(__file__).parent / "reference_values.yaml"
+FILE = Path(__file__).parent / "published_values.yaml"
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""What the README tells a newcomer to type does what it says."""
+"""What docs/data.md tells a newcomer to type does what it says."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ import pytest
 from tests.test_cli import Command
 from tests.test_cli import command as command
 
-README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
-[OWN_TASK] = re.findall(r"^### Bring your own task\n(.*?)^##", README, re.DOTALL | re.MULTILINE)
+PAGE = (Path(__file__).parent.parent / "docs" / "data.md").read_text(encoding="utf-8")
+[OWN_TASK] = re.findall(r"^## Bring your own task\n(.*?)(?:^##|\Z)", PAGE, re.DOTALL | re.MULTILINE)
 # A file is named last in the paragraph above its text.
 FILES = {name: re.sub("^    ", "", text, flags=re.MULTILINE) for name, text in
          re.findall(r"`(my/\S+)`[^`]*:\n\n((?:    .*\n)+)", OWN_TASK)}  # fmt: skip
@@ -34,7 +34,7 @@ def table(text: str) -> dict[str, list[str]]:
 
 @pytest.fixture
 def newcomer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with the README's files and nothing else, as the current one."""
+    """A folder with the page's files and nothing else, as the current one."""
     for name, text in FILES.items():
         (tmp_path / name).parent.mkdir(parents=True)
         (tmp_path / name).write_text(text, encoding="utf-8")

@@ -15,7 +15,7 @@ from iapt.config.schema import to_dict
 from iapt.report.cells import Board, Column, Row, gather
 from iapt.report.plots import Plot
 from iapt.report.runs import read_runs
-from iapt.report.transfer import matrices, transfer_plots, transfer_sheets
+from iapt.report.transfer_matrix import matrices, transfer_plots, transfer_sheets
 from iapt.runs import experiment
 from tests.report.folders import make_failed, make_run, make_sweep
 from tests.test_experiment import config
@@ -170,7 +170,7 @@ def test_real_runs(tmp_path: Path):
     for name, source in (("fresh", None), ("from", str(tmp_path / "plain"))):
         second = config(method="prompt_tuning")
         second.method.init_from = source
-        values[name] = experiment.run(second, tmp_path / "runs" / name)["test"]
+        values[name] = experiment.run(second, tmp_path / "runs" / name).test
         (tmp_path / "runs" / name / "config.yaml").write_text(yaml.safe_dump(to_dict(second)))
     report.run([str(tmp_path / "runs"), "--out", str(tmp_path / "out")])
     [written] = (tmp_path / "out").glob("transfer_*.csv")
