@@ -1,5 +1,6 @@
 # make demo   installs into .venv and trains the embedded default
-# make test   installs the test extra and runs every test
+# make test   installs the test extra and runs the tests, of what is a matrix a part: for while one works
+# make test-full   all of them, the whole matrix of methods, shapes and peft's options: what CI runs
 # make check  linter, formatter, type checker, and that imports lead down
 # make lock   resolves pyproject.toml into requirements.lock and requirements-oldest.lock; what is locked already
 #             stays where it may, LOCK_ARGS=--upgrade takes the newest of everything
@@ -13,16 +14,19 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check lock test-oldest test-oldest-fast test-newest test-newest-fast test-machines contract backbones docs mutants clean
+.PHONY: demo test test-full check lock test-oldest test-oldest-fast test-newest test-newest-fast test-machines contract backbones docs mutants clean
 
 demo: .venv/installed
 	$(BIN)/iapt-train
 
 # One thread each: the workers share the cores, and small tensors gain nothing from more.
-PYTEST := -m pytest -n auto --maxprocesses 4
+PYTEST := -m pytest -n auto --maxprocesses 4 --durations=15
 
 test: .venv/installed-test
 	OMP_NUM_THREADS=1 $(BIN)/python $(PYTEST)
+
+test-full: .venv/installed-test
+	OMP_NUM_THREADS=1 $(BIN)/python $(PYTEST) --full
 
 check: .venv/installed-test
 	$(BIN)/ruff check .
@@ -31,7 +35,7 @@ check: .venv/installed-test
 	$(BIN)/lint-imports
 
 contract: .venv/installed-test
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 2 -p tests.contracts.table \
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 2 --durations=15 --full -p tests.contracts.table \
 	  tests/contracts --deselect tests/contracts/test_table.py --contract-table docs/contract.md
 
 backbones: .venv/installed-test
@@ -47,8 +51,8 @@ mutants: .venv/installed-test
 
 # Fewer vector units, other kernels and other thread counts give sums of another order, as another processor would.
 test-machines: .venv/installed-test
-	OMP_NUM_THREADS=1 ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 $(BIN)/python $(PYTEST) $(SENSITIVE)
-	OMP_NUM_THREADS=2 ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 $(BIN)/python $(PYTEST) $(SENSITIVE)
+	OMP_NUM_THREADS=1 ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 $(BIN)/python $(PYTEST) --full $(SENSITIVE)
+	OMP_NUM_THREADS=2 ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 $(BIN)/python $(PYTEST) --full $(SENSITIVE)
 
 SENSITIVE := $$(grep -rlE 'torch\.(equal|testing|allclose)' tests)
 
@@ -94,13 +98,14 @@ TORCH ?= $(shell sed -n 's/^torch==\([^ ;]*\).*/\1/p' requirements.lock)
 	touch $@
 
 # The contract, and the commands. The fast form: all methods, with rotary and with learned positions.
-test-oldest test-newest: SELECTED := tests/contracts tests/test_releases.py
-test-oldest-fast test-newest-fast: SELECTED := tests/contracts tests/test_releases.py -k 'llama or gpt2 or releases'
+test-oldest test-newest: SELECTED := --full tests/contracts tests/test_releases.py
+test-oldest-fast test-newest-fast: SELECTED := --full tests/contracts tests/test_releases.py \
+  -k 'llama or gpt2 or releases'
 
 test-oldest test-oldest-fast: .venv-oldest/installed-$(TORCH)
 	OMP_NUM_THREADS=1 .venv-oldest/bin/python $(PYTEST) $(SELECTED)
 
-# The newest end: what the ranges allow today. Where that is what is locked, `make test` has tested it.
+# The newest end: what the ranges allow today. Where that is what is locked, `make test-full` has tested it.
 test-newest test-newest-fast: .venv-lock/bin/uv .venv-newest/bin/python
 	$(call compile,.venv-newest/requirements.lock,--all-extras --upgrade)
 	@if diff requirements.lock .venv-newest/requirements.lock; then \

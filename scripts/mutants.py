@@ -200,7 +200,8 @@ def misfits() -> list[str]:
 
 def run_tests(copy: Path, tests: str) -> tuple[int, str]:
     """The contract tests that -k selects, of the copy: (exit code, output)."""
-    command = [sys.executable, "-m", "pytest", "tests/contracts", "-x", "-q", "-p", "no:cacheprovider", "-k", tests]
+    options = ["--full", "-x", "-q", "-p", "no:cacheprovider", "-k", tests]
+    command = [sys.executable, "-m", "pytest", "tests/contracts", *options]
     return _python(copy, command)
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from absl import logging
+from hypothesis import settings
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from iapt.cli import eval as eval_command
@@ -17,6 +18,26 @@ from iapt.model.backbone import Backbone
 # absl, which rouge-score brings, logs to the stderr it finds at its first import, and closes it when Hydra configures
 # logging unless it is the process's own. Under pytest it would be the capture's file.
 logging.get_absl_handler().python_handler.stream = sys.__stderr__
+
+# The same examples on every machine and every day, however slow the machine is.
+settings.register_profile("repeatable", derandomize=True, deadline=None, max_examples=60, database=None)
+settings.load_profile("repeatable")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--full", action="store_true", help="also what is marked `full`: the whole matrix, for CI")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "full: runs with --full alone; a like test, or a part of it, runs always")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("full"):
+        return
+    fast = [item for item in items if item.get_closest_marker("full") is None]
+    config.hook.pytest_deselected(items=[item for item in items if item.get_closest_marker("full") is not None])
+    items[:] = fast
 
 
 @pytest.fixture(scope="session")

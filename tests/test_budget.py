@@ -22,6 +22,11 @@ from tests.contracts.conftest import build_backbone
 
 TASK = {"name": "any", "template": "{text}", "label_column": "label", "label_words": ["no", "yes"]}
 METHOD_FILES = sorted((Path(CONFIG_DIR) / "method").glob("*.yaml"))
+# Counted module by module, or on a copy: seconds each at this size.
+SLOW = ("adalora", "dora", "lora", "pissa", "prefix_tuning", "rslora", "vera")
+SHIPPED = [
+    pytest.param(path, id=path.stem, marks=pytest.mark.full if path.stem in SLOW else []) for path in METHOD_FILES
+]
 NEEDS = {"panda": {"init_from": "run"}, "post": {"source": "run"}}
 
 
@@ -31,7 +36,7 @@ def shipped(path: Path, **settings: Any) -> MethodConfig:
     return config.method
 
 
-@pytest.mark.parametrize("path", METHOD_FILES, ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", SHIPPED)
 def test_every_shipped_method_comes_close_to_20m_on_a_7b_backbone(path: Path, llama2_7b: Backbone):
     config = shipped(path)
     chosen, fitted = fit_to_budget(config, llama2_7b, 20_000_000)

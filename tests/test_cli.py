@@ -258,6 +258,7 @@ def test_a_sweep_goes_on_after_a_failure_and_ends_in_one_table(
     assert contents(Path("sweep/1")) == before
 
 
+@pytest.mark.full
 def test_a_glob_runs_every_method(runs: Runs, command: Command) -> None:
     """All but those that need another run's folder."""
     code, out, _ = command("-m", "method=glob(*, exclude=[panda, post])", "hydra.sweep.dir=sweep")
@@ -344,6 +345,7 @@ def test_looking_at_a_configuration_needs_no_torch(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.full
 def test_a_sweep_for_real_has_a_process_per_job(tmp_path: Path, stub: Callable[[str], None]) -> None:
     stub("bad method")
     command = [sys.executable, "-m", "iapt.cli.train", "-m", "method=lora,iapt", "hydra.sweep.dir=sweep"]

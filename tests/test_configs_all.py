@@ -230,6 +230,7 @@ def test_every_task_is_built_from_a_row_of_the_hubs_form(option: str, monkeypatc
 # --- experiments --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("option", [option for option in options("experiment") if option != "ppt"])  # no sweep
 def test_every_value_of_an_experiments_grid_passes_the_check(option: str) -> None:
     """Not every cell of it, there are hundreds: as many as the longest axis has values, seeds aside."""

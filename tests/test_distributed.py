@@ -57,6 +57,7 @@ def run(folder: Path, processes: int, *arguments: str) -> dict:
     return dict(torch.load(folder / "result.pt"))
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("method", "strategy", "position"),
     [
@@ -77,7 +78,10 @@ def test_two_processes_equal_one(tmp_path: Path, method: str, strategy: str, pos
 
 
 @pytest.mark.skipif(cores() < 2, reason="two processes need two cores")
-@pytest.mark.parametrize(("toy", "method", "strategy"), [("entailment", "iapt", "ddp"), ("describe", "lora", "fsdp")])
+@pytest.mark.parametrize(
+    ("toy", "method", "strategy"),
+    [("entailment", "iapt", "ddp"), pytest.param("describe", "lora", "fsdp", marks=pytest.mark.full)],
+)
 def test_two_processes_equal_one_from_config_to_summary(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, toy: str, method: str, strategy: str
 ):

@@ -96,7 +96,7 @@ def test_the_run_folder(done: tuple[Path, Summary]):
 
 
 @pytest.mark.parametrize("method", sorted(METHODS.keys() - {"peft"} | {"lora", "adalora"}))
-@pytest.mark.parametrize("task", ["sentiment", "describe"])
+@pytest.mark.parametrize("task", ["sentiment", pytest.param("describe", marks=pytest.mark.full)])
 def test_evaluate_reproduces_every_method_exactly(tmp_path: Path, method: str, task: str):
     if scores_labels(method) and task == "describe":
         pytest.skip("scores labels, and this task has none")

@@ -273,6 +273,7 @@ def test_tasks_of_ones_own_end_in_the_eval_folder(place: Path, iapt_eval: Callab
     assert Path("here/summary.json").read_bytes() == before
 
 
+@pytest.mark.full
 def test_two_tasks_have_no_single_number(place: Path, iapt_eval: Callable[..., Any]) -> None:
     code, out, err = iapt_eval(
         f"checkpoint={place / 'run'}", f"harness.include_path={place / 'tasks'}", "harness.tasks=[mine_*]",

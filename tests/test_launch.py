@@ -237,6 +237,7 @@ def test_what_ends_a_child_process_reaches_the_parent(
     assert ("Traceback" in capfd.readouterr().err) == (action == "bug")
 
 
+@pytest.mark.full
 @two_cores
 def test_two_processes_are_two_gloo_ranks(
     tmp_path: Path, stub: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
@@ -253,7 +254,7 @@ def test_two_processes_are_two_gloo_ranks(
         assert facts["OMP_NUM_THREADS"] == str(cores() // 2)
 
 
-@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=two_cores)])
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=[two_cores, pytest.mark.full])])
 def test_a_file_in_the_working_directory_is_not_the_library_of_that_name(
     tmp_path: Path, stub: Callable[[str], None], monkeypatch: pytest.MonkeyPatch, processes: int
 ) -> None:
@@ -264,6 +265,7 @@ def test_a_file_in_the_working_directory_is_not_the_library_of_that_name(
     assert launch(config, tmp_path / "run", own_process=True).status == "ok"
 
 
+@pytest.mark.full
 @two_cores
 def test_ranks_that_fail_leave_one_reason_and_no_report_of_the_launcher(
     tmp_path: Path, stub: Callable[[str], None], capfd: pytest.CaptureFixture[str]
@@ -277,6 +279,7 @@ def test_ranks_that_fail_leave_one_reason_and_no_report_of_the_launcher(
     assert sorted(contents(tmp_path / "run")) == ["config.yaml", "rank0.json", "rank1.json", "summary.json"]
 
 
+@pytest.mark.full
 @two_cores
 @pytest.mark.parametrize(("number", "processes"), [(signal.SIGINT, 2), (signal.SIGTERM, 1)])
 def test_an_interrupted_parent_leaves_nothing_running(

@@ -44,6 +44,7 @@ def newcomer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+@pytest.mark.full
 def test_bring_your_own_task(newcomer: Path) -> None:
     assert list(FILES) == ["my/data/tickets.csv", "my/task/tickets.yaml"]
     assert len(FILES["my/task/tickets.yaml"].splitlines()) < 15

@@ -192,6 +192,7 @@ def test_no_document_is_in_two_splits(name: str, stories: str) -> None:
     assert f"dev: {10 * each} rows from 10 documents" in task.notes
 
 
+@pytest.mark.full
 def test_rows_hang_on_split_seed_alone(stories: str) -> None:
     """Another interpreter with another hash salt makes the same rows."""
     code = "import json, sys; from tests.test_plain_text import *\n"

@@ -220,6 +220,7 @@ def word_places(schema: type[Any], path: tuple[str, ...] = ()) -> Iterator[tuple
 # What YAML's own reader, and so OmegaConf's, makes no text of; Hydra's grammar makes none of true, false and null.
 LIKE_A_SWITCH = ("on", "off", "yes", "no", "true", "false", "null", "~", "none")
 WORDS = [(schema, *place) for schema in SCHEMAS for place in word_places(schema)]
+WORDS = [*WORDS[:3], *(pytest.param(*place, marks=pytest.mark.full) for place in WORDS[3:])]
 
 
 @pytest.mark.parametrize(("schema", "keys", "words"), WORDS)

@@ -11,6 +11,8 @@ import pytest
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from tests.shipped import TOKENIZERS
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -20,6 +22,7 @@ def pretrain(out: Path) -> dict:
     return json.loads(done.stdout[done.stdout.index("{\n") :])
 
 
+@pytest.mark.full
 def test_pretraining_is_repeatable_and_its_folder_loads(tmp_path: Path):
     summary, again = pretrain(tmp_path / "one"), pretrain(tmp_path / "two")
     assert summary["steps"] == 12
@@ -30,6 +33,20 @@ def test_pretraining_is_repeatable_and_its_folder_loads(tmp_path: Path):
     assert len(tokenizer) == AutoModelForCausalLM.from_pretrained(tmp_path / "one").config.vocab_size
 
 
+def test_the_shipped_tokenizers_are_what_their_script_makes(tmp_path: Path) -> None:
+    subprocess.run([sys.executable, "scripts/train_tokenizers.py", str(tmp_path)], cwd=ROOT, check=True)
+    files = {path.relative_to(TOKENIZERS) for path in TOKENIZERS.rglob("*.*")}
+    assert files == {path.relative_to(tmp_path) for path in tmp_path.rglob("*.*")}
+    likelihoods = Path("unigram/tokenizer.json")  # in an order of chance, and rounded by it
+    for file in files - {likelihoods}:
+        assert (tmp_path / file).read_text() == (TOKENIZERS / file).read_text(), file
+    made, shipped = (json.loads((folder / likelihoods).read_text()) for folder in (tmp_path, TOKENIZERS))
+    pieces, expected = (dict(whole["model"].pop("vocab")) for whole in (made, shipped))
+    assert pieces == pytest.approx(expected, abs=0.01)
+    assert made == shipped
+
+
+@pytest.mark.full
 def test_the_preflight_is_set_against_a_step() -> None:
     command = [sys.executable, "scripts/bench_preflight.py", "--repeats", "1", "method=lora", "hardware=cpu"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
@@ -52,6 +69,7 @@ def test_rational_fits_are_what_their_script_makes(tmp_path: Path):
             assert fit[key] == pytest.approx(value, rel=1e-4, abs=1e-7)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("what", ["train", "decode"])
 def test_the_bench_measures_everyone_and_writes_what_it_prints(what: str, tmp_path: Path):
     command = [sys.executable, "scripts/bench.py", what, "--shape", "iapt/tiny", "--batch", "2", "--instruction", "6"]

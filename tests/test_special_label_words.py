@@ -47,7 +47,11 @@ def labels(folder: Path) -> list[int]:
     return [json.loads(line)["label"] for line in (folder / "predictions.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("words", [["<|no|>", "<|yes|>"], ["<|no|> ball", "<|yes|> ball"]], ids=["alone", "in a text"])
+@pytest.mark.parametrize(
+    "words",
+    [["<|no|>", "<|yes|>"], pytest.param(["<|no|> ball", "<|yes|> ball"], marks=pytest.mark.full)],
+    ids=["alone", "in a text"],
+)
 def test_every_way_of_reading_labels_finds_the_same(backbone: dict[str, Any], tmp_path: Path, words: list[str]) -> None:
     summary = train(backbone, tmp_path / "run", words)
     assert summary.test > 0.9
@@ -57,6 +61,7 @@ def test_every_way_of_reading_labels_finds_the_same(backbone: dict[str, Any], tm
         assert labels(tmp_path / scoring) == labels(tmp_path / "run")
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("word", ["<eos>", "<pad>"])
 def test_a_word_that_ends_or_fills_a_text_is_scored_but_never_decoded(
     backbone: dict[str, Any], tmp_path: Path, word: str

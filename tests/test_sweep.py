@@ -187,6 +187,7 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     return folder / "s", printed
 
 
+@pytest.mark.full
 def test_killed_half_way_and_started_again_it_is_the_same_sweep(
     tmp_path: Path, uninterrupted: tuple[Path, str]
 ) -> None:
@@ -232,6 +233,7 @@ def test_a_killed_sweep_leaves_no_run_behind(tmp_path: Path, stub: Callable[[str
 # --- several at a time --------------------------------------------------------------------------------------------
 
 
+@pytest.mark.full
 def test_joblib_runs_several_at_a_time_in_one_directory(
     tmp_path: Path, stub: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -256,6 +258,7 @@ def test_joblib_runs_several_at_a_time_in_one_directory(
     assert sorted(directory.rglob("rank-.json")) == ran
 
 
+@pytest.mark.full
 def test_submitit_runs_jobs_on_its_local_executor(tmp_path: Path, stub: Callable[[str], None]) -> None:
     pytest.importorskip("hydra_plugins.hydra_submitit_launcher", reason="needs iapt[slurm]")
     stub("bad method")
@@ -272,6 +275,7 @@ def test_submitit_runs_jobs_on_its_local_executor(tmp_path: Path, stub: Callable
 # --- what one sees ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.full
 def test_on_a_terminal_there_is_a_bar_and_elsewhere_a_line_for_each(
     tmp_path: Path, stub: Callable[[str], None]
 ) -> None:

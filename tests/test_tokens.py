@@ -24,6 +24,7 @@ from iapt.data.tokens import join, opening
 from iapt.evaluation.evaluate import evaluate
 from iapt.methods.settings import method_config
 from iapt.model.backbone import Backbone, build_backbone
+from tests.shipped import FOLDERS
 from tests.test_tasks import config_of
 
 SMOL = Path(os.environ.get("IAPT_TEST_SMOLLM2", Path(__file__).parents[2] / "smollm2"))
@@ -142,9 +143,14 @@ def test_make_batch_keeps_what_is_written() -> None:
     assert spell(tokenizer, batch.response_ids[0].tolist()) == " c</s>"
 
 
-@pytest.mark.skipif(not (SMOL / "tokenizer.json").is_file(), reason=f"no chat model in {SMOL} (set IAPT_TEST_SMOLLM2)")
-def test_a_real_chat_tokenizer() -> None:
-    tokenizer = AutoTokenizer.from_pretrained(SMOL)
+needs_smol = pytest.mark.skipif(
+    not (SMOL / "tokenizer.json").is_file(), reason=f"no chat model in {SMOL} (set IAPT_TEST_SMOLLM2)"
+)
+
+
+@pytest.mark.parametrize("folder", [FOLDERS["bpe"], pytest.param(SMOL, marks=needs_smol)], ids=["bpe", "smollm2"])
+def test_a_real_chat_tokenizer(folder: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(folder)
     turn = [{"role": "user", "content": "Is it good?"}]
     text = tokenizer.apply_chat_template(turn, tokenize=False)
     assert text.endswith("<|im_end|>\n")

@@ -19,6 +19,7 @@ from typing import Any
 
 import hydra
 from hydra._internal.utils import get_args_parser
+from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from hydra.types import RunMode
@@ -57,8 +58,10 @@ def run_command(config_name: str, job: Job, check: Check, identify: Identify | N
         identify: makes the jobs of a sweep cells, of which only those are run that are not settled.
     """
     from iapt.cli import callbacks
-    from iapt.config.releases import beyond_tested
 
+    # For each group that it lists, --help makes a copy of everything that Hydra's plugins registered, half a second in
+    # all. Nothing writes into the copies, and what is loaded from them is copied once more.
+    ConfigStore.__deepcopy__ = lambda store, memo: store
     outcome, typed = _Outcome(), sys.argv[1:]
 
     def task(composed: DictConfig) -> float:
@@ -67,8 +70,7 @@ def run_command(config_name: str, job: Job, check: Check, identify: Identify | N
 
     command = hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name=config_name)(task)
     try:
-        if said := beyond_tested():
-            print(said, file=sys.stderr)
+        _warn_of_releases()
         _run_hydra(command, config_name, check)
     except (UserError, TrainingError) as error:
         outcome.error = error
@@ -82,6 +84,16 @@ def run_command(config_name: str, job: Job, check: Check, identify: Identify | N
         print(outcome.error, file=sys.stderr)
         sys.exit(outcome.error.exit_code)
     sys.exit(callbacks.exit_code)
+
+
+def _warn_of_releases() -> None:
+    """Say which libraries are newer than what was tested, but for a command that only shows its help."""
+    if get_args_parser().parse_known_args()[0].help:
+        return
+    from iapt.config.releases import beyond_tested
+
+    if said := beyond_tested():
+        print(said, file=sys.stderr)
 
 
 def loading(command: str, what: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.global_hydra import GlobalHydra
@@ -14,11 +14,13 @@ from hydra.errors import HydraException
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
-from iapt.cli.tables import Ended, print_summaries, ranked
-from iapt.cli.view import View
 from iapt.config.errors import TrainingError, UserError
 from iapt.folder.files import read_config, run_folders
 from iapt.folder.summary import FAILED, INTERRUPTED, RUNNING, UNFINISHED, Summary, names_in, read_summary
+
+if TYPE_CHECKING:
+    from iapt.cli.tables import Ended
+    from iapt.cli.view import View
 
 exit_code = 0  # of the last sweep; Hydra has no way to return one
 place = ""  # the override that leads back to the last sweep
@@ -38,18 +40,23 @@ class SweepTable(Callback):  # type: ignore[misc]
 
             os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores() // total)))
         stop_view()
+        from iapt.cli.view import View  # with rich, which a command that shows no sweep does without
+
         _view = View(sweep.absolute(), total)
         _view.start()
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         """Print the table, ranked, and keep the exit code: 1 if a run failed, 2 if all failures are bad input."""
         global exit_code
+
         stop_view()
         jobs = collect(Path(config.hydra.sweep.dir))
         failures = [s.exit_code or TrainingError.exit_code for _, s in jobs if not s.finished]
         only_bad_input = all(code == UserError.exit_code for code in failures)
         if failures:
             exit_code = UserError.exit_code if only_bad_input else TrainingError.exit_code
+        from iapt.cli.tables import print_summaries, ranked  # with rich too
+
         print_summaries(ranked(jobs))
         print(f"{len(jobs) - len(failures)} of {len(jobs)} runs finished, in {config.hydra.sweep.dir}")
         if any(summary.status == FAILED for _, summary in jobs):

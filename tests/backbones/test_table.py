@@ -35,6 +35,7 @@ MEASURED_HERE = transformers.__version__ == TABLE["transformers"]
 BUILT = sorted(name for name in TABLE["families"] if zoo.is_known(name))
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("name", BUILT)
 def test_what_a_family_calls_its_parts_is_found_or_refused(name: str) -> None:
     try:
@@ -71,6 +72,7 @@ def _found(look: Callable[[Any], Any], module: nn.Module) -> bool:
 SAMPLE = random.Random(0).sample([(f, v) for f in BUILT for v in VARIANTS], 60)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(("family", "variant"), SAMPLE)
 def test_the_shipped_table_is_what_is_measured(family: str, variant: str) -> None:
     cell = verify(family, variant)

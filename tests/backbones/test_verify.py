@@ -10,6 +10,7 @@ FAMILIES = (
     "llama", "mistral", "mixtral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi", "phi3", "gpt2", "gpt_neo",
     "gpt_neox", "gptj", "opt", "falcon", "bloom", "olmo2", "cohere",
 )  # fmt: skip
+FAST = ("llama", "gpt2", "mixtral")  # rotary and learned positions, and what is refused
 # One for each road through the engine and the hooks.
 VARIANTS = (
     "zero_shot", "prompt_tuning after", "iapt before", "iapt gated", "prefix_tuning keys_values", "spt layers", "para",
@@ -19,7 +20,7 @@ REFUSED = {("mixtral", "para"): "mixture of experts"}
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [f if f in FAST else pytest.param(f, marks=pytest.mark.full) for f in FAMILIES])
 def test_a_variant_is_what_the_reference_says_or_refused(family: str, variant: str) -> None:
     cell = verify(family, variant)
     reason = REFUSED.get((family, variant))

@@ -64,25 +64,30 @@ SHAPES: dict[str, dict[str, Any]] = {
     },
 }
 VARIANT_SHAPES = ("llama", "gpt2")  # rotary and learned positions; the roads through the engine differ no further
+# Of peft's types, one that adapts linear maps, one that scales what they put out, one for norms, one for attention.
+FAST_TYPES = (None, "LORA", "IA3", "LN_TUNING", "ADAPTION_PROMPT")
 
 
 @dataclass(frozen=True)
 class Case:
     """A method and the settings under which it is held to the contract.
 
-    `impossible`: shape -> why the method cannot exist on it.
+    `impossible`: shape -> why the method cannot exist on it. `also`: methods that build this very model, and differ in
+    what they make of the task.
     """
 
     method: str
     options: dict[str, Any] = field(default_factory=dict)
     impossible: dict[str, str] = field(default_factory=dict)
+    also: tuple[str, ...] = ()
 
     @property
     def id(self) -> str:
         return "-".join([self.method, *(str(v) for v in self.options.values())])
 
 
-# A method's first line runs on all shapes, its further ones (other roads through the engine) on VARIANT_SHAPES.
+# A method's first line runs on all shapes, its further ones (other roads through the engine) on VARIANT_SHAPES; without
+# `--full` the first lines run, on VARIANT_SHAPES.
 # A registered method that is missing here fails test_every_method_is_covered.
 CASES = [
     Case("prompt_tuning", {"position": "before_instruction"}),
@@ -131,8 +136,7 @@ CASES = [
         {"type": "ADAPTION_PROMPT"},
         impossible=dict.fromkeys(("qwen2", "gemma2", "opt"), "peft has LLaMA-Adapter for llama, mistral and gpt2"),
     ),
-    Case("zero_shot"),
-    Case("in_context"),
+    Case("zero_shot", also=("in_context",)),
     Case("calibrated"),
     Case("houlsby", {"bottleneck": 6}),
     Case("parallel_adapter", {"bottleneck": 6}),
@@ -154,8 +158,12 @@ CASES = [
 
 
 def _cells() -> list[tuple[Case, str]]:
-    first = {family(case): case for case in reversed(CASES)}
-    return [(c, s) for c in CASES for s in SHAPES if first[family(c)] is c or s in VARIANT_SHAPES]
+    return [(c, s) for c in CASES for s in SHAPES if is_first(c) or s in VARIANT_SHAPES]
+
+
+def is_first(case: Case) -> bool:
+    """Whether no case before it is of its family."""
+    return case is next(c for c in CASES if family(c) == family(case))
 
 
 def family(case: Case) -> tuple[str, str | None]:
@@ -165,13 +173,16 @@ def family(case: Case) -> tuple[str, str | None]:
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if {"case", "shape"} <= set(metafunc.fixturenames):
-        cells = [
-            pytest.param(c, s, id=f"{c.id}-{s}", marks=[pytest.mark.skip(c.impossible[s])] if s in c.impossible else [])
-            for c, s in _cells()
-        ]
+        cells = [pytest.param(c, s, id=f"{c.id}-{s}", marks=_marks(c, s)) for c, s in _cells()]
         metafunc.parametrize(("case", "shape"), cells)
     elif "case" in metafunc.fixturenames:
         metafunc.parametrize("case", CASES, ids=lambda c: c.id)
+
+
+def _marks(case: Case, shape: str) -> list[pytest.MarkDecorator]:
+    marks = [pytest.mark.skip(case.impossible[shape])] if shape in case.impossible else []
+    fast = is_first(case) and shape in VARIANT_SHAPES and case.options.get("type") in FAST_TYPES
+    return marks if fast else [*marks, pytest.mark.full]
 
 
 def build_backbone(shape: str, dtype: torch.dtype = torch.float32, **changes: Any) -> Backbone:

@@ -1,10 +1,10 @@
 """The table of what holds, made from a run of the contract tests: a pytest plugin.
 
-    python -m pytest -p tests.contracts.table tests/contracts --contract-table docs/contract.md
+    python -m pytest --full -p tests.contracts.table tests/contracts --contract-table docs/contract.md
 
-Rows are families of cases (a method, or a type of peft's) taken together, columns the invariants, `test_N_...`
-belonging to invariant N; a cell counts the shapes on which everything passed. The table goes between two markers of
-the file.
+Rows are families of cases (a method, two that build one model, or a type of peft's) taken together, columns the
+invariants, `test_N_...` belonging to invariant N; a cell counts the shapes on which everything passed. The table goes
+between two markers of the file.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ PAGE = Path(__file__).resolve().parents[2] / "docs" / "contract.md"
 START, END = "<!-- contract -->\n", "<!-- /contract -->"
 WORKS_ON_SHAPES = 12  # has no test of its own: a shape counts if all that ran on it passed
 NUMBERS = range(1, 14)
-_ROWS = {case.id: " ".join(filter(None, family(case))) for case in CASES}
+_ROWS = {case.id: " ".join(filter(None, (", ".join((case.method, *case.also)), family(case)[1]))) for case in CASES}
 ROWS = list(dict.fromkeys(_ROWS.values()))
 
 

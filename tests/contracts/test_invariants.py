@@ -53,7 +53,12 @@ def oracle(case: Case, shape: str) -> AdaptedModel:
 
 
 def test_every_method_is_covered():
-    assert {c.method for c in CASES} == set(METHODS)
+    assert {name for c in CASES for name in (c.method, *c.also)} == set(METHODS)
+    for method, name in ((c.method, name) for c in CASES for name in c.also):
+        model, other = build_model(Case(method), "llama"), build_model(Case(name), "llama")
+        assert type(other.method) is type(model.method)
+        assert vars(other.method).keys() == vars(model.method).keys()
+        assert not model.adapter_state() | other.adapter_state()
 
 
 def test_1_only_the_adapter_changes_and_all_of_it_gets_gradient(case: Case, shape: str):

@@ -16,10 +16,15 @@ from iapt.methods.peft.method import PeftConfig
 from iapt.methods.peft.options import REFUSED, known_types, option_names
 from iapt.methods.registry import METHODS
 from iapt.model.backbone import Backbone
+from tests.contracts.conftest import FAST_TYPES
 from tests.methods.peft_samples import BASES, BOOKKEEPING, COMPANIONS, INSTEAD, SAMPLES, TARGETS, TIED, Key
 
 KINDS = [kind for kind, is_prompt in known_types().items() if not is_prompt and kind not in REFUSED]
 WALK = [(kind, option) for kind in KINDS for option in sorted(option_names(kind))]
+CELLS = [
+    pytest.param(kind, option, id=f"{kind}-{option}", marks=[] if kind in FAST_TYPES else [pytest.mark.full])
+    for kind, option in WALK
+]
 STEPS = 6
 TOLERANCE = {"rtol": 1e-4, "atol": 1e-5}
 _IDS = torch.randint(3, 67, (3, 9), generator=torch.Generator().manual_seed(1))
@@ -129,7 +134,7 @@ def _plain(kind: str) -> Seen:
     return ours(kind, without(kind, ""), False)
 
 
-@pytest.mark.parametrize(("kind", "option"), WALK, ids=[f"{k}-{o}" for k, o in WALK])
+@pytest.mark.parametrize(("kind", "option"), CELLS)
 def test_an_option_does_what_it_does_under_peft_or_is_refused(kind: str, option: str):
     """An option that a new release of peft brings has no value in the samples, and fails here by name."""
     value = find(SAMPLES, kind, option)
