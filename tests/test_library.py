@@ -114,7 +114,7 @@ def test_saving_needs_to_know_what_is_saved(tmp_path: Path):
     (tmp_path / "adapter.json").write_text('{"schema_version": 1}')
     attach(PROMPT).save(tmp_path / "one")
     (tmp_path / "one" / "adapter.json").write_text('{"schema_version": 1}')
-    with pytest.raises(UserError, match="does not say which method"):
+    with pytest.raises(UserError, match="does not say method.name"):
         iapt.load(tmp_path / "one", backbone=build_backbone("llama").lm)
 
 
