@@ -25,8 +25,8 @@ PYTEST := -m pytest -n auto --maxprocesses 4 --durations=15
 test: .venv/installed-test
 	OMP_NUM_THREADS=1 $(BIN)/python $(PYTEST)
 
-test-full: .venv/installed-test
-	OMP_NUM_THREADS=1 $(BIN)/python $(PYTEST) --full
+test-full: test
+	OMP_NUM_THREADS=1 $(BIN)/python $(PYTEST) --full -m full
 
 check: .venv/installed-test
 	$(BIN)/ruff check .
