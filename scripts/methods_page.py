@@ -1,7 +1,6 @@
 """Write docs/methods.md: every shipped method, from its YAML, its schema and its module's docstring.
 
-python scripts/methods_page.py            # writes the page
-python scripts/methods_page.py --check    # exit code 1 if the page is not what would be written
+    python scripts/methods_page.py      # tests/test_docs.py says whether the page is what this would write
 
 A YAML's first line says what the method is, a line `# Source: ...` where it comes from; equations and choices are what
 the docstring of the method's module says. A new method has its place on the page without a word written twice.
@@ -11,7 +10,6 @@ from __future__ import annotations
 
 import inspect
 import re
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -151,13 +149,5 @@ def render() -> str:
     return "\n".join(lines).rstrip() + "\n"
 
 
-def main() -> int:
-    """Write the page, or compare it."""
-    if "--check" in sys.argv[1:]:
-        return int(PAGE.read_text(encoding="utf-8") != render())
-    PAGE.write_text(render(), encoding="utf-8")
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    PAGE.write_text(render(), encoding="utf-8")

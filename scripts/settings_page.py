@@ -1,7 +1,6 @@
 """Write docs/settings.md: every setting of the commands, from the schemas and the shipped YAMLs.
 
-python scripts/settings_page.py            # writes the page
-python scripts/settings_page.py --check    # exit code 1 if the page is not what would be written
+    python scripts/settings_page.py      # tests/test_docs.py says whether the page is what this would write
 
 A setting's type, default and allowed values come from its dataclass; what it means comes from the comment that stands
 beside it there, or else in its YAML. Nothing about a setting is written down a second time.
@@ -15,7 +14,6 @@ import inspect
 import io
 import json
 import re
-import sys
 import textwrap
 import tokenize
 import typing
@@ -217,13 +215,5 @@ def render() -> str:
     return "\n".join(lines).rstrip() + "\n"
 
 
-def main() -> int:
-    """Write the page, or compare it."""
-    if "--check" in sys.argv[1:]:
-        return int(PAGE.read_text(encoding="utf-8") != render())
-    PAGE.write_text(render(), encoding="utf-8")
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    PAGE.write_text(render(), encoding="utf-8")
