@@ -24,6 +24,7 @@ import yaml
 
 from iapt.benchmarks.harness import HarnessConfig
 from iapt.benchmarks.mtbench import MtBenchConfig
+from iapt.config.check import type_name
 from iapt.config.method import MethodConfig
 from iapt.config.paths import CONFIG_DIR
 from iapt.config.schema import Config
@@ -95,13 +96,6 @@ def yaml_comments(path: Path) -> dict[str, str]:
     return said
 
 
-def _type(hint: Any) -> str:
-    name = hint.__name__ if isinstance(hint, type) and not typing.get_args(hint) else str(hint)
-    return (
-        name.replace("None", "null").replace("typing.Any", "anything").replace("Any", "anything").replace(" | ", " or ")
-    )
-
-
 def _shown(value: Any) -> str:
     plain = isinstance(value, str) and value.strip()
     return f"`{value if plain else json.dumps(value, ensure_ascii=False)}`"
@@ -115,7 +109,7 @@ def _allowed(field: dataclasses.Field[Any], hint: Any) -> str:
     if choices := field.metadata.get("choices"):
         return ", ".join(f"`{choice}`" for choice in choices)
     minimum = field.metadata.get("minimum")
-    return _type(hint) if minimum is None else f"{_type(hint)}, at least {minimum}"
+    return type_name(hint) if minimum is None else f"{type_name(hint)}, at least {minimum}"
 
 
 def _default(field: dataclasses.Field[Any]) -> Any:

@@ -222,7 +222,7 @@ def _build(
             typed[f.name] = _texts(value, "${", _NO_INTERPOLATION)
             value = _texts(OmegaConf.to_container(typed)[f.name], _NO_INTERPOLATION, "${")  # type: ignore[index,call-overload]
         except OmegaConfBaseException:
-            problems.append(f"{where}: {allowed or f'expected {_type_name(hints[f.name])}'}")
+            problems.append(f"{where}: {allowed or f'expected {type_name(hints[f.name])}'}")
             continue
         if choices and value not in choices:
             problems.append(f"{where}: {allowed}")
@@ -241,6 +241,7 @@ def _texts(value: Any, old: str, new: str) -> Any:
     return [_texts(item, old, new) for item in value] if isinstance(value, list) else value
 
 
-def _type_name(hint: Any) -> str:
+def type_name(hint: Any) -> str:
+    """A type of the schema in the words of YAML: `str or null`, `dict[str, anything]`."""
     name = hint.__name__ if isinstance(hint, type) and not typing.get_args(hint) else str(hint)
-    return name.replace("None", "null").replace("typing.Any", "anything").replace(" | ", " or ")
+    return name.replace("None", "null").replace("typing.", "").replace("Any", "anything").replace(" | ", " or ")
