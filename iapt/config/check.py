@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import re
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import field
 from typing import Any
 
@@ -68,11 +68,8 @@ def literal(stored: Any) -> Any:
     A run writes its settings resolved. Whoever reads those of another must not have them look up anything here, the
     environment least of all.
     """
-    if isinstance(stored, str):  # OmegaConf takes an odd number of backslashes before ${ for an escape
-        return re.sub(r"(\\*)\$\{", lambda found: found[1] * 2 + r"\${", stored)
-    if isinstance(stored, Mapping):
-        return {key: literal(value) for key, value in stored.items()}
-    return [literal(value) for value in stored] if isinstance(stored, list) else stored
+    # OmegaConf takes an odd number of backslashes before ${ for an escape.
+    return _each_text(stored, lambda text: re.sub(r"(\\*)\$\{", lambda found: found[1] * 2 + r"\${", text))
 
 
 def method_config(settings: Mapping[str, Any], methods: Mapping[str, type[MethodConfig]]) -> MethodConfig:
@@ -219,8 +216,9 @@ def _build(
             continue
         try:
             typed = OmegaConf.structured(dataclasses.make_dataclass("One", [(f.name, hints[f.name])]))
-            typed[f.name] = _texts(value, "${", _NO_INTERPOLATION)
-            value = _texts(OmegaConf.to_container(typed)[f.name], _NO_INTERPOLATION, "${")  # type: ignore[index,call-overload]
+            typed[f.name] = _each_text(value, lambda text: text.replace("${", _NO_INTERPOLATION))
+            held = OmegaConf.to_container(typed)[f.name]  # type: ignore[index,call-overload]
+            value = _each_text(held, lambda text: text.replace(_NO_INTERPOLATION, "${"))
         except OmegaConfBaseException:
             problems.append(f"{where}: {allowed or f'expected {type_name(hints[f.name])}'}")
             continue
@@ -232,13 +230,13 @@ def _build(
     return schema(**fitted)
 
 
-def _texts(value: Any, old: str, new: str) -> Any:
-    """`value` with `old` replaced in every text of it."""
+def _each_text(value: Any, change: Callable[[str], str]) -> Any:
+    """`value` with every text in it changed, keys left alone: OmegaConf interpolates none."""
     if isinstance(value, str):
-        return value.replace(old, new)
-    if isinstance(value, dict):
-        return {_texts(key, old, new): _texts(item, old, new) for key, item in value.items()}
-    return [_texts(item, old, new) for item in value] if isinstance(value, list) else value
+        return change(value)
+    if isinstance(value, Mapping):
+        return {key: _each_text(item, change) for key, item in value.items()}
+    return [_each_text(item, change) for item in value] if isinstance(value, list) else value
 
 
 def type_name(hint: Any) -> str:
