@@ -16,6 +16,8 @@ from pathlib import Path
 from hydra import compose, initialize_config_dir
 
 from iapt.config.paths import CONFIG_DIR
+from iapt.folder.files import whole_rows
+from iapt.folder.names import METRICS as METRICS_FILE
 from iapt.methods.settings import load_config
 from iapt.runs import experiment
 
@@ -36,8 +38,8 @@ def curve(method: str) -> dict[str, list[float]]:
     found: dict[str, list[float]] = {}
     with tempfile.TemporaryDirectory() as folder:
         experiment.run(config, Path(folder))
-        for line in (Path(folder) / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
-            for key, value in json.loads(line).items():
+        for record in whole_rows(Path(folder) / METRICS_FILE):
+            for key, value in record.items():
                 if key.endswith("loss"):
                     found.setdefault(key, []).append(value)
     return found

@@ -40,11 +40,11 @@ class TrainingError(SaidError):
 def suggest(word: str, known: Iterable[str]) -> str:
     """List what exists, and the nearest of it to `word`: the end of every 'unknown X' message."""
     known = sorted(known)
-    hint = f"{found[2:]} " if (found := nearest(word, known)) else ""
-    return f"{hint}known: {', '.join(known) if known else 'none'}"
+    hint = nearest(word, known)
+    return f"{hint and hint + ' '}known: {', '.join(known) if known else 'none'}"
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """The nearest known word as a question behind a semicolon, empty for none; where there are too many to list."""
+    """The nearest known word as a question, empty for none; by itself where there are too many words to list."""
     near = difflib.get_close_matches(word, sorted(known), n=1, cutoff=0.5)
-    return f"; did you mean '{near[0]}'?" if near else ""
+    return f"did you mean '{near[0]}'?" if near else ""

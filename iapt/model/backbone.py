@@ -184,10 +184,11 @@ def build_backbone(
     source: str | Path = config.path if config.kind == "pretrained" and config.path else TINY_DIR
     implementation = None if attention == "auto" else attention  # None leaves it to transformers
     disable_progress_bar()  # of the loading of weights: noise beside the run's own
-    if config.kind == "random" and str(config.shape.get("model_type")) not in CONFIG_MAPPING:
+    kind = config.shape.get("model_type")
+    if config.kind == "random" and str(kind) not in CONFIG_MAPPING:
+        hint = nearest(str(kind), CONFIG_MAPPING)
         raise UserError(
-            f"backbone.shape.model_type = {config.shape.get('model_type')!r}: transformers has no such architecture"
-            f"{nearest(str(config.shape.get('model_type')), CONFIG_MAPPING)}"
+            f"backbone.shape.model_type = {kind!r}: transformers has no such architecture{hint and '; ' + hint}"
         )
     try:
         if config.kind == "random":
