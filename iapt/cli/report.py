@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, NoReturn
 from rich.console import Console
 
 from iapt.config.errors import UserError, suggest
+from iapt.config.visible import visible
 
 if TYPE_CHECKING:
     from iapt.report.cells import Board, Row
@@ -78,7 +79,7 @@ def run(arguments: Sequence[str]) -> list[Path]:
     written = output.write(args.out, files)
     for plot in plots:
         if plot.figure is None:
-            print(f"not drawn: {plot.title}: {plot.reason}", file=sys.stderr)
+            print(visible(f"not drawn: {plot.title}: {plot.reason}"), file=sys.stderr)
     print(f"{len(runs)} run folders read, {len(written)} files in {args.out}", file=sys.stderr)
     return written
 
@@ -201,7 +202,7 @@ def _print(sheets: list[Sheet], name: str) -> None:
         return
     for sheet in sheets:
         if not sheet.lines:
-            print("\n".join([sheet.title, *sheet.notes]))
+            print(visible("\n".join([sheet.title, *sheet.notes])))
             continue
         table = rich_table(sheet)
         console = Console(highlight=False)

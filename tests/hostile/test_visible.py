@@ -77,3 +77,14 @@ def test_names_of_run_folders_do_nothing_in_a_report(
     for text in (text for name, text in files.items() if name.endswith(".tex")):
         assert r"\input" not in text
         assert "$" not in text.replace(r"\$", "").replace("$-$", "")
+
+
+def test_what_a_report_says_beside_its_tables_steers_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_run(tmp_path / "a" / "run", backbone=STEERING)
+    make_run(tmp_path / "b" / "run")
+    report.run(["--compare", str(tmp_path / "a"), str(tmp_path / "b"), "--out", str(tmp_path / "out")])
+    printed = "".join(capsys.readouterr())
+    assert "nothing to compare" in printed
+    assert not set(printed) & set("\x1b\x07\r\x08\u202e\x9b\x7f")
